@@ -1,0 +1,182 @@
+"""The comparison that conftest.py gives to nbval: by hand first, then through a real run of nbval."""
+
+import copy
+import operator
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ToleratedText
+from nbclient import NotebookClient
+
+TABLE = """\
+method     sparsity    accuracy
+------------------------------
+norm         90 %    91.0 ± 2.7
+random       90 %    35.2 ± 5.1
+
+67 dead pixels, 2,384,000 weights"""
+HTML = "<tr><th>norm</th><td>90 %</td><td>91.0 ± 2.7</td></tr>"
+
+
+def equal(first: str, second: str) -> bool:
+    """Compare both ways, and with `!=`, which is what nbval uses."""
+    answers = {ToleratedText(first) == ToleratedText(second), ToleratedText(second) == ToleratedText(first)}
+    assert answers == {not operator.ne(ToleratedText(first), ToleratedText(second))}
+    return answers.pop()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("91.0 ± 2.7", "91.0 ± 2.7"),
+        ("91.0 ± 1.0", "97.1 ± 1.0"),  # 3 (1 + 1) + 0.1
+        ("91.0 ± 0.0", "91.1 ± 0.0"),  # one unit of the last digit
+        ("91.00 ± 0.00", "91.01 ± 0.00"),
+        ("91 ± 0", "92 ± 0"),
+        ("91.0 ± 0.1", "91.9 ± 0.2"),  # 0.9 <= 3 (0.1 + 0.2) + 0.1
+        ("-0.1 ± 0.1", "0.2 ± 0.1"),
+        ("\u22120.1 ± 0.1", "-0.1 ± 0.1"),
+        ("+0.1 ± 0.1", "-0.1 ± 0.1"),
+        ("999.5 ± 3.2", "1,001.5 ± 3.2"),
+        ("1,234,567 ± 9", "1,234,571 ± 9"),
+        ("3.1 ± 0.2x, 3.1 ± 0.2.", "3.2 ± 0.2x, 3.0 ± 0.2."),
+        (TABLE, TABLE.replace("91.0", "92.9").replace("35.2 ", "41.2 ")),
+        (TABLE, TABLE.replace("    91.0 ± 2.7", "  100.0 ± 12.7").replace("---\n", "----\n")),
+        (" sd\n1.0 ± 0.1", "  sd\n 1.0 ± 0.1"),
+        (HTML, HTML.replace("91.0", "89.2")),
+        ("nan ± nan", "nan ± nan"),
+    ],
+)
+def test_equal(first, second):
+    assert equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("91.0 ± 1.0", "97.2 ± 1.0"),
+        ("91.0 ± 0.0", "91.2 ± 0.0"),
+        ("91.0 ± 2.7", "64.0 ± 2.7"),  # ten times its ±
+        ("91.0 ± 2.7", "118.0 ± 2.7"),
+        ("1.0 ± 0.1", "-1.0 ± 0.1"),
+        ("1,234 ± 1", "2,234 ± 1"),
+        ("91.0 ± 2.7", "91.00 ± 2.7"),  # another number of digits
+        ("91.0 ± 2.7", "91.0 ± 2.70"),
+        ("91.0 ± 2.7", "91.0"),
+        ("91.0 ± 2.7", "91.0 2.7"),
+        ("91.0 ± 2.7", "91.0 ± "),
+        ("91.0 ± 2.7", "nan ± nan"),
+        ("91.0 ± 2.7", "91.0 ± inf"),
+        ("nan ± nan", "91.0 ± 2.7"),
+        ("1e-5 ± 1e-6", "2e-5 ± 1e-6"),  # no such notation: compared strictly
+        ("1.0 ± 1.0e-9", "1.1 ± 1.0e-9"),
+        ("1e-1 ± 2", "1e-2 ± 2"),
+        ("1,23 ± 4", "1,29 ± 4"),
+        ("1.0 ± 0.1 2.0 ± 0.1", "1.0 ± 0.1"),
+        ("1.0 ± 0.1 2.0 ± 0.1", "2.0 ± 0.1 1.0 ± 0.1"),
+        (TABLE, TABLE.replace("accuracy", "loss")),
+        (TABLE, TABLE.replace("random", "taylor")),
+        (TABLE, TABLE.replace("random       90 %    35.2 ± 5.1\n", "")),
+        (TABLE, TABLE.replace("67", "68")),
+        (TABLE, TABLE.replace("2,384,000", "2,384,001")),
+        (TABLE, TABLE.replace("norm         90 %", "norm         95 %")),
+        (TABLE, TABLE.replace("\n\n", "\n")),
+        (HTML, HTML.replace("norm", "random")),
+        (HTML, HTML.replace("<td>91.0 ± 2.7</td>", "<td>64.0 ± 2.7</td>")),
+    ],
+)
+def test_different(first, second):
+    assert not equal(first, second)
+
+
+def test_compares_with_plain_text_and_with_nothing_else():
+    assert ToleratedText("91.0 ± 2.7") == "92.0 ± 2.7"
+    assert ToleratedText("91.0 ± 2.7") != "64.0 ± 2.7"
+    assert ToleratedText("1") != 1
+    assert ToleratedText("None") != None  # noqa: E711
+
+
+def test_only_text_is_tolerated():
+    plugin = pytest.importorskip("nbval.plugin")
+    cell = type("Cell", (), {"parent": type("File", (), {"sanitize_patterns": {"secret": "***"}})})
+    for output in (None, 3, {"a": 1}, ["91.0 ± 2.7"]):
+        assert plugin.IPyNbCell.sanitize(cell, output) is output
+    cleaned = plugin.IPyNbCell.sanitize(cell, "secret 91.0 ± 2.7")
+    assert type(cleaned).__name__ == "ToleratedText"
+    assert cleaned == "*** 92.0 ± 2.7"  # nbval's own patterns still work
+
+
+# --- Through nbval ------------------------------------------------------------------------------------------------
+
+CELLS = [
+    "import pandas as pd\nprint('method  accuracy')\nprint('norm   ', '91.0 ± 2.7')\nprint(67, 'dead pixels')",
+    "pd.DataFrame({'method': ['random'], 'accuracy': ['35.2 ± 1.1'], 'units': [2700]})",
+]
+
+
+@pytest.fixture(scope="module")
+def executed() -> nbformat.NotebookNode:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS], metadata=kernel)
+    return NotebookClient(notebook, timeout=60).execute()
+
+
+def falsified(notebook: nbformat.NotebookNode, kind: str, old: str, new: str) -> nbformat.NotebookNode:
+    """Return a copy in which `old`, in outputs of one kind ("text" of a stream or a mime type), is shown as `new`."""
+    notebook = copy.deepcopy(notebook)
+    found = 0
+    for output in (output for cell in notebook.cells for output in cell.outputs):
+        place = output.get("data", output)
+        found += old in place.get(kind, "")
+        place.update({kind: place[kind].replace(old, new)} if kind in place else {})
+    assert found == 1
+    return notebook
+
+
+TOLERATED = {
+    "unchanged": ("text", "norm", "norm"),
+    "mean_moved_a_little": ("text", "91.0 ± 2.7", "93.0 ± 2.7"),
+    "mean_in_a_frame_moved_a_little": ("text/html", "35.2 ± 1.1", "36.0 ± 1.1"),
+}
+FALSIFIED = {
+    "mean_moved_by_ten_sd": ("text", "91.0 ± 2.7", "64.0 ± 2.7"),
+    "mean_in_a_frame_moved_by_ten_sd": ("text/html", "35.2 ± 1.1", "46.2 ± 1.1"),
+    "label": ("text", "norm", "taylor"),
+    "count": ("text", "67", "68"),
+    "count_in_a_frame": ("text/html", "2700", "2701"),
+}
+
+
+def run_nbval(notebook: nbformat.NotebookNode, changes: dict, folder: Path) -> tuple[int, str, set]:
+    """Run nbval on a copy of the notebook per change, beside a copy of conftest.py and away from this project.
+
+    One process runs them all, each in its own kernel. Returns its code, its print, and (outcome, notebook, cell)s.
+    """
+    for name, change in changes.items():
+        nbformat.write(falsified(notebook, *change), folder / f"{name}.ipynb")
+    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-rA", "-p", "no:cacheprovider", "."]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run.returncode, run.stdout, set(re.findall(r"^(PASSED|FAILED) (\w+)\S*::Cell ([0-9])", run.stdout, re.M))
+
+
+def test_nbval_tolerates(executed, tmp_path):
+    code, printed, outcomes = run_nbval(executed, TOLERATED, tmp_path)
+    assert code == 0, printed
+    assert outcomes == {("PASSED", name, cell) for name in TOLERATED for cell in "01"}
+
+
+def test_nbval_refuses(executed, tmp_path):
+    """Each change fails in the cell it was made in, and nowhere else."""
+    code, printed, outcomes = run_nbval(executed, FALSIFIED, tmp_path)
+    assert code == 1, printed
+    changed = {(name, "01"[kind == "text/html"]) for name, (kind, _, _) in FALSIFIED.items()}
+    assert {outcome[1:] for outcome in outcomes if outcome[0] == "FAILED"} == changed
+    assert len(outcomes) == 2 * len(FALSIFIED)
+    assert printed.count("Cell outputs differ") == len(FALSIFIED)
