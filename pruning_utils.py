@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
+import scipy.linalg
 import seaborn as sns
 from tqdm.auto import tqdm
 
@@ -185,7 +186,7 @@ def train_networks(
     hidden: Sequence[int] = HIDDEN,
     epochs: int = 10,
     batch_size: int = 128,
-    learning_rate: float = 1e-3,
+    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 1e-3,
     use_bias: bool = False,
     side_by_side: int = 5,
     cache: Path | str | None = CACHE,
@@ -283,7 +284,9 @@ def _cache_paths(folder: Path, dataset: Dataset, seeds: Sequence[int], recipe: d
         if not psutil.pid_exists(int(leftover.suffixes[-2][1:])):
             leftover.unlink(missing_ok=True)
     versions = [f"{package} {sys.modules[package].__version__}" for package in ("keras", "numpy", BACKEND)]
-    hasher = hashlib.sha256(json.dumps([recipe, versions, keras.config.floatx()], sort_keys=True).encode())
+    settings = [recipe, versions, keras.config.floatx()]
+    settings = json.dumps(settings, sort_keys=True, default=keras.saving.serialize_keras_object)
+    hasher = hashlib.sha256(settings.encode())
     for function in (relu_network, _FusedAdam, _train_side_by_side, _measure, _evaluate):
         hasher.update(inspect.getsource(function).encode())
     for array in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
@@ -359,6 +362,8 @@ def _check_images(network: keras.Model, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
     if x.ndim < 2 or len(x) == 0 or x.shape[1:] != tuple(network.input_shape[1:]):
         raise ValueError(f"x has shape {x.shape}, but network {network.name!r} takes images {network.input_shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"x holds NaN or infinite values in {np.sum(~np.isfinite(x))} places; images must be finite")
     return x
 
 
@@ -447,7 +452,10 @@ def neuron_scores(
 
     criterion: "norm", the L2 norm of the incoming kernel column; "activation", rms output over images `x` · L2 norm of
     the outgoing kernel row; "taylor", |pre-activation · gradient| per image of `x` with labels `y`, averaged, the
-    first-order change of the loss when the unit is silenced (Molchanov et al. 2017); "random", from `seed`.
+    first-order change of the loss when the unit is silenced (Molchanov et al. 2017); "reconstruction", the share of the
+    next layer's squared pre-activations over images `x` that least squares cannot explain from the better units of the
+    layer: greedy forward selection, that is orthogonal matching pursuit (Pati et al. 1993), with the aim of ThiNet (Luo
+    et al. 2017) and, for single units, of the optimal brain surgeon (Hassibi and Stork 1993); "random", from `seed`.
     Raises `ValueError` as `weight_scores` does.
     """
     _check_name("neuron criterion", criterion, NEURON_CRITERIA)
@@ -458,7 +466,7 @@ def _score(function: Callable, criterion: str, network: keras.Model, x, y, seed)
     layers = prunable_layers(network)
     if criterion == "random" and seed is None:
         raise ValueError("criterion 'random' needs a seed, such as seed=0; got None")
-    if criterion in ("activation", "taylor"):
+    if criterion in ("activation", "taylor", "reconstruction"):
         if x is None:
             raise ValueError(
                 f"criterion {criterion!r} needs training images x of shape {network.input_shape}; got None"
@@ -494,6 +502,49 @@ def _neuron_activation(network, x, y, seed) -> list[np.ndarray]:
     return [rms * norm for rms, norm in zip(_input_rms(network, x)[1:], outgoing[1:], strict=True)]
 
 
+def _neuron_reconstruction(network, x, y, seed) -> list[np.ndarray]:
+    grams = _sum_over_images(network, x, lambda a: ops.matmul(ops.transpose(a), a))
+    following = [_kernel(layer) for layer in _dense_layers(network)[1:]]
+    return [_error_before_each(*both) for both in zip(grams, following, strict=True)]
+
+
+def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:
+    """Rank units by orthogonal matching pursuit: always take the one that most reduces the error of what comes next.
+
+    gram: (units, units) of a layer's outputs; kernel: (units, next units). Returns, per unit, the share of the next
+    layer's squared pre-activations that least squares cannot explain from the units taken before it: 1 for the first.
+    """
+    gram, kernel = gram.astype(np.float64), kernel.astype(np.float64)
+    cross = gram @ kernel
+    energy = total = np.sum(kernel * cross)
+    among = cross @ cross.T
+    gram[np.diag_indices_from(gram)] += ridge * gram.trace() / len(gram) or 1.0
+    # Taking unit i lowers the error by among[i, i] / gram[i, i]. It is a step of Cholesky's method on `gram` that also
+    # changes `among`. Both diagonals are kept up to date; the rest, once per block, by matrix products.
+    pivot, gain = gram.diagonal().copy(), among.diagonal().copy()
+    units, error = np.arange(len(gram)), np.empty(len(gram))
+    while units.size:
+        factor, shift, norm = np.zeros((block, units.size)), np.zeros((block, units.size)), np.zeros(block)
+        for step in range(min(block, units.size)):
+            best = np.argmax(gain / pivot)
+            error[units[best]] = max(energy, 0.0) / total if total > 0 else 0.0
+            energy -= gain[best] / pivot[best]
+            past, root = factor[:step, best], np.sqrt(pivot[best])
+            known, changed = np.stack([past, shift[:step, best] - norm[:step] * past]) @ factor[:step]
+            factor[step] = (gram[best] - known) / root
+            shift[step] = (among[best] - changed - past @ shift[:step]) / root
+            norm[step] = shift[step, best] / root
+            pivot -= factor[step] ** 2
+            gain += factor[step] * (norm[step] * factor[step] - 2 * shift[step])
+            pivot[best], gain[best] = 1.0, -np.inf  # taken
+        left = np.isfinite(gain)
+        units, pivot, gain, factor, shift = units[left], pivot[left], gain[left], factor[:, left], shift[:, left]
+        mixed = shift.T @ factor
+        gram = gram[np.ix_(left, left)] - factor.T @ factor
+        among = among[np.ix_(left, left)] - mixed - mixed.T + (factor.T * norm) @ factor
+    return error
+
+
 def _neuron_taylor(network, x, y, seed) -> list[np.ndarray]:
     return _mean_over_images(network, x, y, lambda a, z, delta: ops.sum(ops.abs(z * delta), axis=0))[:-1]
 
@@ -509,6 +560,7 @@ NEURON_CRITERIA = {
     "norm": lambda network, x, y, seed: [np.sqrt(np.square(kernel).sum(axis=0)) for kernel in _kernels(network)],
     "activation": _neuron_activation,
     "taylor": _neuron_taylor,
+    "reconstruction": _neuron_reconstruction,
     "random": lambda network, x, y, seed: _random_like([kernel[0] for kernel in _kernels(network)], seed),
 }
 
@@ -529,12 +581,18 @@ def _forward(network: keras.Model, hidden, offsets: Iterable = repeat(0.0)) -> t
 
 def _input_rms(network: keras.Model, x: np.ndarray) -> list[np.ndarray]:
     """Return the root mean square over images `x` of every input of every Dense layer."""
+    squares = _sum_over_images(network, x, lambda a: ops.sum(ops.square(a), axis=0), first_layer=0)
+    return [np.sqrt(total / len(x)) for total in squares]
+
+
+def _sum_over_images(network: keras.Model, x: np.ndarray, term: Callable, first_layer: int = 1) -> list[np.ndarray]:
+    """Return term(inputs), summed over batches of the images `x`, per Dense layer from `first_layer` on."""
     totals = 0
     for first in range(0, len(x), _BATCH):
         inputs = _forward(network, ops.convert_to_tensor(x[first : first + _BATCH]))[1]
-        squares = [ops.convert_to_numpy(ops.sum(ops.square(a), axis=0)) for a in inputs]
-        totals = squares if first == 0 else [total + square for total, square in zip(totals, squares, strict=True)]
-    return [np.sqrt(total / len(x)) for total in totals]
+        terms = [ops.convert_to_numpy(term(a)) for a in inputs[first_layer:]]
+        totals = terms if first == 0 else [total + part for total, part in zip(totals, terms, strict=True)]
+    return totals
 
 
 def _mean_over_images(network: keras.Model, x: np.ndarray, y: np.ndarray, term: Callable) -> list[np.ndarray]:
@@ -684,9 +742,14 @@ def prune_neurons(
     """Return a copy of the network in which the lowest-scoring `sparsity` of its hidden units output exactly 0.
 
     Their kernel columns and biases are set to zero; `shrink` then removes them. See `neuron_scores` for criterion and
-    data (x, y, seed), `keep_masks` for scope and exact counts, `apply_masks` for what cannot be removed.
+    data (x, y, seed), `keep_masks` for exact counts, `apply_masks` for what cannot be removed.
+    With scope "global" a unit competes by its place in its own layer, because scores of different layers have no common
+    scale: all layers keep equally many units, and narrow ones stay whole until wider ones have come down to them.
     """
-    return apply_masks(network, keep_masks(neuron_scores(network, criterion, **data), sparsity, scope))
+    scores = neuron_scores(network, criterion, **data)
+    if scope == "global":
+        scores = {name: np.argsort(np.argsort(score, kind="stable")) - score.size for name, score in scores.items()}
+    return apply_masks(network, keep_masks(scores, sparsity, scope))
 
 
 def shrink(network: keras.Model) -> keras.Sequential:
@@ -755,6 +818,95 @@ def cost(network: keras.Model) -> dict:
     }
 
 
+# --- Repair -------------------------------------------------------------------------------------------------------
+
+
+def repair(pruned: keras.Model, dense: keras.Model, x: np.ndarray, ridge: float = 1e-3) -> keras.Model:
+    """Return a copy of `pruned` whose remaining weights are refitted so that it computes again what `dense` computed.
+
+    Layer by layer from the input, the non-zero entries of each kernel, and the biases of units that are left, become
+    those that bring the layer's pre-activations on the images `x` (n, inputs), computed from the layers repaired so
+    far, closest to those of `dense` in least squares. Zeros stay zero. The output layer is refitted too: nothing of it
+    was pruned, but what it hears has changed. No labels, no gradients; a few thousand training images are enough.
+
+    ridge: weight, as a fraction of the mean squared input, of the distance to the pruned weights. It is greater than 0,
+    so that dead or duplicated inputs and few images do no harm: what the images cannot tell stays as it was.
+    Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single weights every unit
+    has a problem of its own; up to 30 steps of conjugate gradients solve all of them side by side.
+
+    `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of
+    different layers, images of another width or with NaN, or a ridge that is not positive, and what `prunable_layers`
+    raises.
+    """
+    shapes = [[(layer.name, layer.kernel.shape) for layer in _dense_layers(network)] for network in (pruned, dense)]
+    if shapes[0] != shapes[1] or len(_chain(pruned)) != len(_chain(dense)):
+        raise ValueError(f"pruned and dense must have the same layers, got {shapes[0]} and {shapes[1]}; shrink later")
+    if not (isinstance(ridge, numbers.Real) and 0 < ridge < np.inf):
+        raise ValueError(f"ridge must be a positive number, such as 1e-3; got {ridge!r}")
+    prunable_layers(dense)  # refuses NaN weights
+    signal = wanted = ops.convert_to_tensor(_check_images(pruned, x))
+    repaired = apply_masks(pruned, {})
+    for ours, theirs in zip(_chain(repaired), _chain(dense), strict=True):
+        if isinstance(ours, keras.layers.Dense):
+            wanted = ops.matmul(wanted, theirs.kernel) + (theirs.bias if theirs.use_bias else 0.0)
+            _refit(ours, signal, wanted, ridge)
+            signal, wanted = ours(signal), theirs.activation(wanted)
+        elif not isinstance(ours, keras.layers.InputLayer):
+            signal, wanted = ours(signal, training=False), theirs(wanted, training=False)
+    return repaired
+
+
+def _refit(layer: keras.layers.Dense, inputs, wanted, ridge: float) -> None:
+    """Move the non-zero weights of a Dense layer to where it maps `inputs` closest to `wanted`."""
+    weights = _kernel(layer).copy()
+    alive = weights != 0
+    if layer.use_bias:  # the weight of one more input, which is always 1
+        inputs = ops.concatenate([inputs, ops.ones_like(inputs[..., :1])], axis=-1)
+        weights = np.vstack([weights, _bias(layer)])
+        alive = np.vstack([alive, alive.any(axis=0) | (_bias(layer) != 0)])
+    inputs, wanted = (ops.reshape(array, (-1, array.shape[-1])) for array in (inputs, wanted))
+    rows = np.flatnonzero(ops.convert_to_numpy(ops.any(inputs != 0, axis=0)))
+    columns = np.flatnonzero(alive.any(axis=0))
+    if rows.size == 0 or columns.size == 0:
+        return
+    place = np.ix_(rows, columns)
+    inputs, wanted = ops.take(inputs, rows, axis=1), ops.take(wanted, columns, axis=1)
+    missing = wanted - ops.matmul(inputs, weights[place])
+    if float(ops.max(ops.abs(missing))) <= 1e-5 * float(ops.max(ops.abs(wanted))):  # by rounding only
+        return
+    gram, cross = ops.matmul(ops.transpose(inputs), inputs), ops.matmul(ops.transpose(inputs), missing)
+    strength = ridge * float(ops.mean(ops.diagonal(gram)))
+    solve = _solve_together if alive[place].all() else _solve_side_by_side
+    weights[place] += solve(gram, cross, alive[place], strength)
+    layer.set_weights([weights[:-1], weights[-1]] if layer.use_bias else [weights])
+
+
+def _solve_together(gram, cross, alive: np.ndarray, strength: float) -> np.ndarray:
+    gram = ops.convert_to_numpy(gram).astype(np.float64)
+    gram[np.diag_indices_from(gram)] += strength
+    return scipy.linalg.solve(gram, ops.convert_to_numpy(cross).astype(np.float64), assume_a="pos")
+
+
+def _solve_side_by_side(gram, cross, alive: np.ndarray, strength: float, steps: int = 30) -> np.ndarray:
+    """Conjugate gradients for all columns at once, each restricted to its own `alive` rows (Hestenes, Stiefel 1952)."""
+    alive = ops.cast(alive, cross.dtype)
+    scale = 1.0 / (ops.diagonal(gram)[:, None] + strength)
+    residual = cross * alive
+    solution, direction = ops.zeros_like(residual), residual * scale
+    power = ops.sum(residual * direction, axis=0)
+    tolerance = 1e-6 * float(ops.max(power))
+    for _ in range(steps):
+        if float(ops.max(power)) <= tolerance:
+            break
+        image = (ops.matmul(gram, direction) + strength * direction) * alive
+        length = ops.divide_no_nan(power, ops.sum(direction * image, axis=0))
+        solution, residual = solution + length * direction, residual - length * image
+        scaled = residual * scale
+        power, previous = ops.sum(residual * scaled, axis=0), power
+        direction = scaled + ops.divide_no_nan(power, previous) * direction
+    return ops.convert_to_numpy(solution)
+
+
 # --- Measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -812,6 +964,20 @@ def knee(frame: pd.DataFrame, drop: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def at_weights_left(frame: pd.DataFrame, budgets: Sequence[int]) -> pd.DataFrame:
+    """Return accuracy in % with the given numbers of weights left, per dataset, method and seed (rows) and budget.
+
+    frame: as `sweep` returns it. Between measured points accuracy is a straight line over the logarithm of weights
+    left, beyond them it is that of the nearest point; networks without any weight left are ignored.
+    """
+    rows = {}
+    for curve, part in frame[frame["weights_left"] > 0].groupby(["dataset", "method", "seed"], sort=False):
+        part = part.sort_values("weights_left")
+        rows[curve] = np.interp(np.log(budgets), np.log(part["weights_left"]), 100 * part["accuracy"])
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[f"{budget:,}" for budget in budgets])
+    return table.set_axis(pd.MultiIndex.from_tuples(rows, names=["dataset", "method", "seed"]))
+
+
 def mean_sd(values: Sequence[float], digits: int = 1) -> str:
     """Return mean ± sample standard deviation (n - 1) of two or more finite values, as text.
 
@@ -843,7 +1009,8 @@ _PALETTE = sns.color_palette("colorblind")
 STYLES = {
     "weight pruning": (_PALETTE[0], "-", "o"),
     "neuron pruning": (_PALETTE[1], "--", "s"),
-    "repaired": (_PALETTE[2], "-", "D"),
+    "repaired neurons": (_PALETTE[2], "-", "D"),
+    "repaired weights": (_PALETTE[9], "-", "D"),
     "random": (_PALETTE[7], ":", "x"),
 }
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
@@ -868,8 +1035,8 @@ def plot_curves(frame: pd.DataFrame, x: str = "sparsity", title: str = "") -> pl
     """
     _check_name("x", x, ("sparsity", "weights_left"))
     datasets, methods, logarithmic = frame["dataset"].unique(), frame["method"].unique(), x == "weights_left"
-    colours = [_PALETTE[4], _PALETTE[9], _PALETTE[3], _PALETTE[5], "black", _PALETTE[6]]
-    spare = cycle((colour, "-.", marker) for colour, marker in zip(colours, "^vP*dX", strict=True))
+    colours = [_PALETTE[4], _PALETTE[3], _PALETTE[5], "black", _PALETTE[6]]
+    spare = cycle((colour, "-.", marker) for colour, marker in zip(colours, "^vP*X", strict=True))
     styles = {method: STYLES.get(method) or next(spare) for method in methods}
     figure, panels = plt.subplots(1, len(datasets), figsize=(9.5, 3.8), sharey=True, squeeze=False)
     for panel, dataset in zip(panels[0], datasets, strict=True):
