@@ -376,7 +376,7 @@ def _check_labels(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 # --- What can be pruned -------------------------------------------------------------------------------------------
 
-_SUPPORTED = ("InputLayer", "Dense", "Flatten", "Dropout", "Activation", "ReLU")
+_SUPPORTED = ("Dense", "Flatten", "Dropout", "Activation", "ReLU")
 
 
 def prunable_layers(network: keras.Model) -> list[keras.layers.Dense]:
@@ -399,6 +399,7 @@ def _chain(network: keras.Model) -> list[keras.layers.Layer]:
     if not network.built:
         raise ValueError(f"network {network.name!r} is not built; call network.build((None, inputs)) first")
     layers = list(network.layers if sequential else network.operations)
+    layers = [layer for layer in layers if not isinstance(layer, keras.layers.InputLayer)]
     for layer in layers:
         if type(layer).__name__ not in _SUPPORTED or not isinstance(layer, keras.layers.Layer):
             kind = f"{layer.name!r} is a {type(layer).__name__}"
@@ -474,7 +475,15 @@ def _score(function: Callable, criterion: str, network: keras.Model, x, y, seed)
         x = _check_images(network, x)
         if criterion == "taylor":
             y = _check_labels(x, np.empty(0) if y is None else y)
-    return dict(zip([layer.name for layer in layers], function(network, x, y, seed), strict=True))
+    scores = dict(zip([layer.name for layer in layers], function(network, x, y, seed), strict=True))
+    _check_scores(scores)
+    return scores
+
+
+def _check_scores(scores: Mapping[str, np.ndarray]) -> None:
+    for name, score in scores.items():
+        if np.isnan(score).any():
+            raise ValueError(f"scores of layer {name!r} hold NaN; they cannot be ranked")
 
 
 def _kernels(network: keras.Model) -> list[np.ndarray]:
@@ -517,6 +526,8 @@ def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3
     gram, kernel = gram.astype(np.float64), kernel.astype(np.float64)
     cross = gram @ kernel
     energy = total = np.sum(kernel * cross)
+    if not np.isfinite(total):
+        return np.full(len(gram), np.nan)
     among = cross @ cross.T
     gram[np.diag_indices_from(gram)] += ridge * gram.trace() / len(gram) or 1.0
     # Taking unit i lowers the error by among[i, i] / gram[i, i]. It is a step of Cholesky's method on `gram` that also
@@ -574,7 +585,7 @@ def _forward(network: keras.Model, hidden, offsets: Iterable = repeat(0.0)) -> t
             hidden = ops.matmul(hidden, layer.kernel) + (layer.bias if layer.use_bias else 0.0) + next(remaining)
             sums.append(hidden)
             hidden = layer.activation(hidden)
-        elif not isinstance(layer, keras.layers.InputLayer):
+        else:
             hidden = layer(hidden, training=False)
     return hidden, inputs, sums
 
@@ -646,9 +657,7 @@ def keep_masks(scores: Mapping[str, np.ndarray], sparsity: float, scope: str = "
     """
     _check_sparsity(sparsity)
     _check_name("scope", scope, ("layer", "global"))
-    for name, score in scores.items():
-        if np.isnan(score).any():
-            raise ValueError(f"scores of layer {name!r} hold NaN; they cannot be ranked")
+    _check_scores(scores)
     if scope == "layer":
         return {name: _keep_highest(np.ravel(score), sparsity).reshape(score.shape) for name, score in scores.items()}
     kept = _keep_highest(np.concatenate([np.ravel(score) for score in scores.values()]), sparsity)
@@ -762,8 +771,6 @@ def shrink(network: keras.Model) -> keras.Sequential:
     kept = {layer.name: np.flatnonzero(units) for layer, units in zip(layers, live[1:], strict=True)}
     small, weights, rows = [keras.Input(network.input_shape[1:])], [], np.flatnonzero(live[0])
     for layer in _chain(network):
-        if isinstance(layer, keras.layers.InputLayer):
-            continue
         if layer.name not in kept:
             small.append(_blank_copy(layer))
             continue
@@ -838,10 +845,10 @@ def repair(pruned: keras.Model, dense: keras.Model, x: np.ndarray, ridge: float 
     different layers, images of another width or with NaN, or a ridge that is not positive, and what `prunable_layers`
     raises.
     """
-    shapes = [[(layer.name, layer.kernel.shape) for layer in _dense_layers(network)] for network in (pruned, dense)]
-    if shapes[0] != shapes[1] or len(_chain(pruned)) != len(_chain(dense)):
-        raise ValueError(f"pruned and dense must have the same layers, got {shapes[0]} and {shapes[1]}; shrink later")
-    if not (isinstance(ridge, numbers.Real) and 0 < ridge < np.inf):
+    kinds = [[_kind(layer) for layer in _chain(network)] for network in (pruned, dense)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"pruned and dense must have the same layers, got {kinds[0]} and {kinds[1]}; shrink later")
+    if isinstance(ridge, bool) or not (isinstance(ridge, numbers.Real) and 0 < ridge < np.inf):
         raise ValueError(f"ridge must be a positive number, such as 1e-3; got {ridge!r}")
     prunable_layers(dense)  # refuses NaN weights
     signal = wanted = ops.convert_to_tensor(_check_images(pruned, x))
@@ -851,9 +858,14 @@ def repair(pruned: keras.Model, dense: keras.Model, x: np.ndarray, ridge: float 
             wanted = ops.matmul(wanted, theirs.kernel) + (theirs.bias if theirs.use_bias else 0.0)
             _refit(ours, signal, wanted, ridge)
             signal, wanted = ours(signal), theirs.activation(wanted)
-        elif not isinstance(ours, keras.layers.InputLayer):
+        else:
             signal, wanted = ours(signal, training=False), theirs(wanted, training=False)
     return repaired
+
+
+def _kind(layer: keras.layers.Layer) -> str:
+    dense = isinstance(layer, keras.layers.Dense)
+    return f"Dense{tuple(layer.kernel.shape)}" if dense else type(layer).__name__
 
 
 def _refit(layer: keras.layers.Dense, inputs, wanted, ridge: float) -> None:
@@ -874,31 +886,32 @@ def _refit(layer: keras.layers.Dense, inputs, wanted, ridge: float) -> None:
     missing = wanted - ops.matmul(inputs, weights[place])
     if float(ops.max(ops.abs(missing))) <= 1e-5 * float(ops.max(ops.abs(wanted))):  # by rounding only
         return
-    gram, cross = ops.matmul(ops.transpose(inputs), inputs), ops.matmul(ops.transpose(inputs), missing)
-    strength = ridge * float(ops.mean(ops.diagonal(gram)))
     solve = _solve_together if alive[place].all() else _solve_side_by_side
-    weights[place] += solve(gram, cross, alive[place], strength)
+    weights[place] += solve(inputs, missing, alive[place], ridge)
     layer.set_weights([weights[:-1], weights[-1]] if layer.use_bias else [weights])
 
 
-def _solve_together(gram, cross, alive: np.ndarray, strength: float) -> np.ndarray:
-    gram = ops.convert_to_numpy(gram).astype(np.float64)
-    gram[np.diag_indices_from(gram)] += strength
-    return scipy.linalg.solve(gram, ops.convert_to_numpy(cross).astype(np.float64), assume_a="pos")
+def _solve_together(inputs, missing, alive: np.ndarray, ridge: float) -> np.ndarray:
+    """Cholesky's method, in float64 because duplicated inputs leave only the ridge to divide by."""
+    inputs, missing = (ops.convert_to_numpy(array).astype(np.float64) for array in (inputs, missing))
+    gram = inputs.T @ inputs
+    gram[np.diag_indices_from(gram)] += max(ridge / len(gram), 4 * np.finfo(np.float64).eps) * gram.trace()
+    return scipy.linalg.solve(gram, inputs.T @ missing, assume_a="pos")
 
 
-def _solve_side_by_side(gram, cross, alive: np.ndarray, strength: float, steps: int = 30) -> np.ndarray:
+def _solve_side_by_side(inputs, missing, alive: np.ndarray, ridge: float, steps: int = 30) -> np.ndarray:
     """Conjugate gradients for all columns at once, each restricted to its own `alive` rows (Hestenes, Stiefel 1952)."""
-    alive = ops.cast(alive, cross.dtype)
-    scale = 1.0 / (ops.diagonal(gram)[:, None] + strength)
-    residual = cross * alive
-    solution, direction = ops.zeros_like(residual), residual * scale
-    power = ops.sum(residual * direction, axis=0)
-    tolerance = 1e-6 * float(ops.max(power))
+    gram, cross = ops.matmul(ops.transpose(inputs), inputs), ops.matmul(ops.transpose(inputs), missing)
+    gram = gram + ridge * ops.mean(ops.diagonal(gram)) * ops.eye(gram.shape[0])
+    scale = ops.cast(alive, cross.dtype) / ops.diagonal(gram)[:, None]  # the preconditioner, and 0 keeps zeros zero
+    residual, direction = cross, cross * scale
+    solution, power = ops.zeros_like(cross), ops.sum(cross * direction, axis=0)
+    tolerance = 1e-6 * power
     for _ in range(steps):
-        if float(ops.max(power)) <= tolerance:
+        power = ops.where(power > tolerance, power, 0.0)  # a column that is done stays where it is
+        if not bool(ops.any(power)):
             break
-        image = (ops.matmul(gram, direction) + strength * direction) * alive
+        image = ops.matmul(gram, direction)
         length = ops.divide_no_nan(power, ops.sum(direction * image, axis=0))
         solution, residual = solution + length * direction, residual - length * image
         scaled = residual * scale
@@ -968,11 +981,14 @@ def at_weights_left(frame: pd.DataFrame, budgets: Sequence[int]) -> pd.DataFrame
     """Return accuracy in % with the given numbers of weights left, per dataset, method and seed (rows) and budget.
 
     frame: as `sweep` returns it. Between measured points accuracy is a straight line over the logarithm of weights
-    left, beyond them it is that of the nearest point; networks without any weight left are ignored.
+    left; networks without any weight left are ignored. Raises `ValueError` for a budget beyond the measured points.
     """
     rows = {}
     for curve, part in frame[frame["weights_left"] > 0].groupby(["dataset", "method", "seed"], sort=False):
         part = part.sort_values("weights_left")
+        least, most = part["weights_left"].min(), part["weights_left"].max()
+        if not least <= min(budgets) <= max(budgets) <= most:
+            raise ValueError(f"budgets {budgets} must lie between the {least:,} and {most:,} weights left of {curve}")
         rows[curve] = np.interp(np.log(budgets), np.log(part["weights_left"]), 100 * part["accuracy"])
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[f"{budget:,}" for budget in budgets])
     return table.set_axis(pd.MultiIndex.from_tuples(rows, names=["dataset", "method", "seed"]))

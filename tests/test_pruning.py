@@ -29,6 +29,7 @@ from pruning_utils import (
     prune_neurons,
     prune_weights,
     relu_network,
+    repair,
     shrink,
     sweep,
     weight_scores,
@@ -273,6 +274,9 @@ EVERYTHING = {
     "apply_masks": lambda network, x, y: apply_masks(network, {"hidden_1": np.zeros(12, bool)}),
     "weight_scores": lambda network, x, y: weight_scores(network)["hidden_1"].fill(0),
     "neuron_scores": lambda network, x, y: neuron_scores(network, "activation", x)["hidden_1"].fill(0),
+    "reconstruction": lambda network, x, y: neuron_scores(network, "reconstruction", x)["hidden_1"].fill(0),
+    "repair": lambda network, x, y: repair(prune_neurons(network, 0.5), network, x),
+    "repair of itself": lambda network, x, y: repair(network, network, x),
     "shrink": lambda network, x, y: shrink(network),
     "cost": lambda network, x, y: cost(network),
     "accuracy": lambda network, x, y: accuracy(network, x, y),
@@ -322,10 +326,15 @@ def test_permuting_units_permutes_the_result(prune, criterion, scope):
 @pytest.mark.parametrize("prune", [prune_weights, prune_neurons])
 def test_pruning_is_masking_by_the_scores_of_the_criterion(prune):
     network, (x, y) = random_network(), images()
-    scores = weight_scores if prune is prune_weights else neuron_scores
+    data = {"x": x, "y": y, "seed": 3}
     for criterion in WEIGHT_CRITERIA if prune is prune_weights else NEURON_CRITERIA:
-        masks = keep_masks(scores(network, criterion, x, y, seed=3), 0.4, "global")
-        assert bits(prune(network, 0.4, criterion, "global", x=x, y=y, seed=3)) == bits(apply_masks(network, masks))
+        scores = (weight_scores if prune is prune_weights else neuron_scores)(network, criterion, **data)
+        layerwise = apply_masks(network, keep_masks(scores, 0.4))
+        assert bits(prune(network, 0.4, criterion, **data)) == bits(layerwise)
+        if prune is prune_neurons:  # together they are ranked by how many units of their own layer are better
+            scores = {name: np.array([-np.sum(score > own) for own in score]) for name, score in scores.items()}
+        together = apply_masks(network, keep_masks(scores, 0.4, "global"))
+        assert bits(prune(network, 0.4, criterion, "global", **data)) == bits(together)
 
 
 # --- Scores against plain NumPy -----------------------------------------------------------------------------------
@@ -368,6 +377,28 @@ def weight_oracle(criterion, network, x, y):
             yield np.mean(np.abs(kernel * gradients), axis=0)
 
 
+def greedy_selection(outputs, kernel, ridge):
+    """Take one unit after the other, each time the one that leaves the least error; try them all, solve every time.
+
+    Returns the units in order, and the share of the squared `outputs @ kernel` that was unexplained before each.
+    """
+    outputs = np.linalg.qr(outputs, mode="r")  # the same sums of squares, from fewer rows
+    wanted = outputs @ kernel
+    strength = ridge * np.mean(np.sum(outputs**2, axis=0))
+    taken, shares, left = [], [], list(range(len(kernel)))
+
+    def unexplained(units):
+        rows = np.vstack([outputs[:, units], np.sqrt(strength) * np.eye(len(units))])
+        target = np.vstack([wanted, np.zeros((len(units), wanted.shape[1]))])
+        return np.sum((rows @ np.linalg.lstsq(rows, target, rcond=None)[0] - target) ** 2)
+
+    while left:
+        shares.append(unexplained(taken) / np.sum(wanted**2) if taken else 1.0)
+        taken.append(min(left, key=lambda unit: unexplained([*taken, unit])))
+        left.remove(taken[-1])
+    return np.array(taken), np.array(shares)
+
+
 def neuron_oracle(criterion, network, x, y):
     inputs, sums = forward(network, x)
     deltas = backward(network, x, y)
@@ -379,6 +410,9 @@ def neuron_oracle(criterion, network, x, y):
             yield np.sqrt(np.mean(inputs[i + 1] ** 2, axis=0)) * outgoing
         elif criterion == "taylor":
             yield np.mean(np.abs(sums[i] * deltas[i]), axis=0)
+        elif criterion == "reconstruction":
+            order, shares = greedy_selection(inputs[i + 1], kernels(network)[i + 1].astype(np.float64), ridge=1e-3)
+            yield shares[np.argsort(order)]
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -398,7 +432,7 @@ def test_neuron_scores_equal_plain_numpy(criterion, use_bias):
     scores = neuron_scores(network, criterion, x, y)
     assert list(scores) == ["hidden_1", "hidden_2"]
     for score, expected in zip(scores.values(), neuron_oracle(criterion, network, x, y), strict=True):
-        np.testing.assert_allclose(score, expected, rtol=1e-4)
+        np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_taylor_scores_predict_the_change_of_the_loss():
@@ -432,7 +466,7 @@ def test_random_scores_depend_on_the_seed_alone(scores):
 
 def test_every_criterion_has_an_oracle_here():
     assert set(WEIGHT_CRITERIA) == {"magnitude", "activation", "taylor", "random"}
-    assert set(NEURON_CRITERIA) == {"norm", "activation", "taylor", "random"}
+    assert set(NEURON_CRITERIA) == {"norm", "activation", "taylor", "reconstruction", "random"}
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -824,7 +858,10 @@ REFUSES_NAN = {
     "prune_neurons": lambda network, x, y: prune_neurons(network, 0.5),
     "weight_scores": lambda network, x, y: weight_scores(network, "taylor", x, y),
     "neuron_scores": lambda network, x, y: neuron_scores(network, "random", seed=0),
+    "reconstruction": lambda network, x, y: neuron_scores(network, "reconstruction", x),
     "apply_masks": lambda network, x, y: apply_masks(network, {}),
+    "repair": lambda network, x, y: repair(network, random_network(), x),
+    "repair by it": lambda network, x, y: repair(random_network(), network, x),
     "sweep": lambda network, x, y: sweep([network], Dataset("d", x, y, x, y, ()), {"m": lambda n, s: n}, (0.0,)),
 }
 
@@ -914,8 +951,11 @@ def test_what_is_no_built_chain_with_a_hidden_layer_is_refused(build, message, c
         call(build())
 
 
-@pytest.mark.parametrize("scores", [weight_scores, neuron_scores])
-@pytest.mark.parametrize("criterion", ["activation", "taylor"])
+@pytest.mark.parametrize(
+    ("scores", "criterion"),
+    [(weight_scores, "activation"), (weight_scores, "taylor")]
+    + [(neuron_scores, name) for name in ("activation", "taylor", "reconstruction")],
+)
 @pytest.mark.parametrize(
     ("x", "shape"), [(None, "None"), (np.ones((5, 7)), "(5, 7)"), (np.ones(6), "(6,)"), (np.ones((0, 6)), "(0, 6)")]
 )
