@@ -16,7 +16,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest tests
-	KERAS_BACKEND=jax $(BIN)/pytest tests/test_pruning.py tests/test_training.py
+	KERAS_BACKEND=jax $(BIN)/pytest tests/test_pruning.py tests/test_repair.py tests/test_training.py
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 lab: export TQDM_DISABLE =

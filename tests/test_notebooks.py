@@ -444,6 +444,12 @@ def test_broken_readme(old, new):
     assert readme_problems(README.replace(old, new), [good_notebook()], str)
 
 
+def test_every_results_table_of_the_readme_is_compared():
+    block = README[README.index("<!-- results -->") :]
+    assert readme_problems(README + block, [good_notebook()], str) == []
+    assert readme_problems(README + block.replace("35.2", "35.3"), [good_notebook()], str)
+
+
 def test_regenerated_numbers_are_tolerated_and_words_are_not():
     """After `make study` on another machine the README may differ by what nbval allows, and by nothing else."""
     other_machine = README.replace("91.0 ± 2.7", "92.3 ± 2.1")

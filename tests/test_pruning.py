@@ -19,6 +19,7 @@ from pruning_utils import (
     accuracy,
     accuracy_table,
     apply_masks,
+    at_weights_left,
     cost,
     keep_masks,
     knee,
@@ -793,6 +794,22 @@ def test_the_table_shows_percent_over_seeds_with_sparsities_down_and_methods_acr
 def test_the_table_keeps_sparsities_apart_that_round_to_the_same_percentage():
     frame = pd.concat([curve([0.9, 0.8, 0.1], (0.0, 0.98, 0.985), seed=seed) for seed in (0, 1)])
     assert accuracy_table(frame).index.tolist() == ["0", "98", "98.5"]
+
+
+def test_accuracy_at_weights_left_by_hand():
+    """Half-way between 100 and 10,000 weights, on a logarithmic axis, are 1,000."""
+    frame = curve([0.9, 0.5, 0.1]).assign(weights_left=[10_000, 100, 0])
+    table = at_weights_left(pd.concat([frame, frame.assign(seed=1, accuracy=0.3)]), [100, 1000, 10_000])
+    assert list(table.columns) == ["100", "1,000", "10,000"]
+    assert list(table.index) == [("d", "m", 0), ("d", "m", 1)]
+    np.testing.assert_allclose(table, [[50, 70, 90], [30, 30, 30]])
+
+
+@pytest.mark.parametrize("budgets", [[99], [100, 10_001], [0]])
+def test_accuracy_at_weights_left_is_never_guessed(budgets):
+    frame = curve([0.9, 0.5, 0.1]).assign(weights_left=[10_000, 100, 0])
+    with pytest.raises(ValueError, match=r"between the 100 and 10,000 weights left"):
+        at_weights_left(frame, budgets)
 
 
 def test_mean_sd_is_text_with_the_sample_standard_deviation():

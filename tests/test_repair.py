@@ -1,6 +1,8 @@
 """Repair, the criterion "reconstruction", and neurons pruned with scope "global": examples, properties, oracles."""
 
+import re
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -823,3 +825,17 @@ def test_global_scope_does_not_mind_that_scores_of_one_layer_are_larger(criterio
     louder = network_of(*scaled)
     for sparsity in (0.2, 0.5, 0.8):
         assert units_kept(louder, sparsity, criterion, x=x) == units_kept(network, sparsity, criterion, x=x)
+
+
+# --- The example of the README ------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    x, y = images()
+    names = {"network": random_network(), "x_train": x, "x_test": x, "y_test": y}
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1), names)
+    loaded = keras.models.load_model("small.keras")
+    np.testing.assert_array_equal(outputs(loaded, x), outputs(names["small"], x))
+    assert "multiply_adds" in capsys.readouterr().out
