@@ -1,4 +1,4 @@
-"""Weight pruning and neuron pruning for Keras 3: data, networks, pruning, shrinking, measuring and plotting.
+"""Weight pruning and neuron pruning for Keras 3: data, networks, pruning, repairing, shrinking, measuring, plotting.
 
 Every pruning function returns a new network and leaves its argument as it was. Kernels have the shape (inputs, units);
 a mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
