@@ -1051,8 +1051,8 @@ def plot_curves(frame: pd.DataFrame, x: str = "sparsity", title: str = "") -> pl
     """
     _check_name("x", x, ("sparsity", "weights_left"))
     datasets, methods, logarithmic = frame["dataset"].unique(), frame["method"].unique(), x == "weights_left"
-    colours = [_PALETTE[4], _PALETTE[3], _PALETTE[5], "black", _PALETTE[6]]
-    spare = cycle((colour, "-.", marker) for colour, marker in zip(colours, "^vP*X", strict=True))
+    colours = [_PALETTE[4], "black", _PALETTE[5], _PALETTE[3], _PALETTE[6]]
+    spare = cycle((colour, "-.", marker) for colour, marker in zip(colours, "^*Pv<", strict=True))
     styles = {method: STYLES.get(method) or next(spare) for method in methods}
     figure, panels = plt.subplots(1, len(datasets), figsize=(9.5, 3.8), sharey=True, squeeze=False)
     for panel, dataset in zip(panels[0], datasets, strict=True):
