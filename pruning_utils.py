@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import scipy.linalg
+import scipy.stats
 import seaborn as sns
 from tqdm.auto import tqdm
 
@@ -1004,6 +1005,39 @@ def mean_sd(values: Sequence[float], digits: int = 1) -> str:
     if values.size < 2 or not np.isfinite(values).all():
         raise ValueError(f"mean_sd needs two or more finite values, got {values.tolist()}")
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def mean_interval(values: Sequence[float], digits: int = 1) -> str:
+    """Return mean ± half of its 95 % confidence interval (Student's t) from two or more finite values, as text.
+
+    >>> mean_interval([90.0, 92.0, 91.0])
+    '91.0 ± 2.5'
+    """
+    mean_sd(values)  # refuses what has no interval
+    low, high = _interval(values)
+    return f"{(low + high) / 2:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+def verdict(values: Sequence[float], at_least: float = -np.inf, at_most: float = np.inf) -> str:
+    """Return whether the mean of two or more values lies in a range, as far as they can tell.
+
+    "supported" if all of the 95 % confidence interval of the mean (Student's t) lies in [at_least, at_most], "refuted"
+    if all of it lies outside, else "undecided".
+
+    >>> verdict([90.0, 92.0, 91.0], at_least=80)
+    'supported'
+    """
+    mean_sd(values)  # refuses what has no interval
+    low, high = _interval(values)
+    if at_least <= low and high <= at_most:
+        return "supported"
+    return "refuted" if high < at_least or low > at_most else "undecided"
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    values = np.asarray(values, float)
+    half = scipy.stats.t.ppf(0.975, values.size - 1) * scipy.stats.sem(values)
+    return values.mean() - half, values.mean() + half
 
 
 def accuracy_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("[0-9]*.ipynb"))
 Notebook = nbformat.NotebookNode
+# What a table of claims may say. A claim must hold; a hypothesis may turn out wrong, and nbval compares the verdict.
+ALLOWED = {"holds": ("True",), "verdict": ("supported", "refuted", "undecided")}
 
 
 @functools.cache
@@ -198,17 +200,19 @@ def check_lengths(notebook: Notebook) -> list[str]:
 def check_claims_hold(notebook: Notebook) -> list[str]:
     # Counted from the right: pandas puts its index, with or without a header, on the left.
     columns = [
-        [row[header.index("holds") - len(header)] for row in rows]
+        (name, row[header.index(name) - len(header)])
         for header, rows in tables(notebook)
-        if "holds" in header
+        for name in ALLOWED
+        if name in header
+        for row in rows
     ]
-    if not any(columns):
-        return ["no table of claims with a column 'holds'"]
-    return [f"a claim has {value!r} under 'holds'" for column in columns for value in column if value != "True"]
+    if not columns:
+        return ["no table of claims with a column 'holds' or 'verdict'"]
+    return [f"a claim has {value!r} under {name!r}" for name, value in columns if value not in ALLOWED[name]]
 
 
-def check_prose_numbers(notebook: Notebook, text: type[str] = str) -> list[str]:
-    return unsupported_pairs(prose(notebook), [notebook], text)
+def check_prose_numbers(notebook: Notebook, text: type[str] = str, others: Iterable[Notebook] = ()) -> list[str]:
+    return unsupported_pairs(prose(notebook), [notebook, *others], text)
 
 
 def check_links(notebook: Notebook) -> list[str]:
@@ -275,15 +279,20 @@ def same_table(first: list[list[str]], second: list[list[str]], text: type[str])
 
 
 def test_notebooks_are_numbered_from_one_and_no_number_twice():
-    assert NAMES
-    numbers = [int(name[:2]) for name in NAMES]
-    assert numbers == sorted(set(numbers)) and numbers[0] == 1
+    """A notebook that grew too long is continued under the same number: 04, 04b, 04c."""
+    labels = [name.split("_")[0] for name in NAMES]
+    assert all(re.fullmatch("[0-9]{2}[b-z]?", label) for label in labels)
+    assert len(set(labels)) == len(labels)
+    assert sorted({int(label[:2]) for label in labels}) == list(range(1, int(labels[-1][:2]) + 1))
+    assert {label[:2] for label in labels} <= set(labels)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook(name):
     checks = [check for check in CHECKS if check is not check_prose_numbers]
-    checks.append(functools.partial(check_prose_numbers, text=text_type()))
+    # The first of several notebooks under one number may state what the others computed.
+    others = [read(other) for other in NAMES if name[2] == "_" and other[:2] == name[:2]]
+    checks.append(functools.partial(check_prose_numbers, text=text_type(), others=others))
     assert [complaint for check in checks for complaint in check(read(name))] == []
     nbformat.validate(read(name))
 
@@ -390,6 +399,8 @@ BREAKS = [
     (check_claims_hold, lambda nb: replace(nb, 2, "True", "False")),
     (check_claims_hold, lambda nb: replace(nb, 2, "True", "")),
     (check_claims_hold, lambda nb: replace(nb, 2, "holds", "true")),
+    (check_claims_hold, lambda nb: replace(nb, 2, "holds", "verdict")),
+    (check_claims_hold, lambda nb: replace(nb, 3, "units", "verdict")),
     (check_claims_hold, lambda nb: replace(nb, 2, CLAIMS, CLAIMS.split("<tbody>")[0] + "</table>")),
     (check_prose_numbers, lambda nb: append(nb, 0, "\nIt keeps 91.0 ± 2.8 %.")),
     (check_prose_numbers, lambda nb: append(nb, 0, "\nIt keeps 1.0 ± 2.7 %.")),
@@ -410,6 +421,22 @@ def test_broken_notebook(check: Callable, break_it: Callable):
     notebook = good_notebook()
     break_it(notebook)
     assert check(notebook)
+
+
+@pytest.mark.parametrize("word", ["supported", "refuted", "undecided"])
+def test_a_table_of_claims_may_give_verdicts(word):
+    notebook = good_notebook()
+    replace(notebook, 2, "holds", "verdict")
+    replace(notebook, 2, "True", word)
+    assert check_claims_hold(notebook) == []
+
+
+def test_numbers_in_prose_may_come_from_the_notebooks_that_continue_it():
+    notebook, other = good_notebook(), good_notebook()
+    append(notebook, 0, "\nIt keeps 17.0 ± 2.8 %.")
+    replace(other, 3, "35.2 ± 5.1", "17.0 ± 2.8")
+    assert check_prose_numbers(notebook)
+    assert check_prose_numbers(notebook, others=[other]) == []
 
 
 def test_checks_change_nothing():

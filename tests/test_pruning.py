@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
@@ -24,6 +25,7 @@ from pruning_utils import (
     keep_masks,
     knee,
     loss,
+    mean_interval,
     mean_sd,
     neuron_scores,
     prunable_layers,
@@ -33,6 +35,7 @@ from pruning_utils import (
     repair,
     shrink,
     sweep,
+    verdict,
     weight_scores,
 )
 
@@ -818,10 +821,38 @@ def test_mean_sd_is_text_with_the_sample_standard_deviation():
     assert mean_sd([1200, 1300, 1400], digits=0) == "1300 ± 100"
 
 
+def test_mean_interval_is_students_interval_of_the_mean():
+    # By hand: sd 1, so the standard error is 1 / sqrt(3), and t(0.975; 2 degrees of freedom) = 4.3027.
+    assert mean_interval([90.0, 92.0, 91.0]) == "91.0 ± 2.5"
+    assert mean_interval(np.array([90.0, 92.0, 91.0]), digits=4) == "91.0000 ± 2.4841"
+    values = np.random.default_rng(0).normal(5, 2, 7)
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values, 3) == f"{(low + high) / 2:.3f} ± {(high - low) / 2:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"at_least": 88.4}, "supported"),  # the interval is 88.52 to 93.48
+        ({"at_least": 88.6}, "undecided"),
+        ({"at_least": 93.6}, "refuted"),
+        ({"at_most": 93.6}, "supported"),
+        ({"at_most": 93.4}, "undecided"),
+        ({"at_most": 88.4}, "refuted"),
+        ({"at_least": 88.4, "at_most": 93.6}, "supported"),
+        ({"at_least": 90.0, "at_most": 92.0}, "undecided"),
+        ({"at_least": 10.0, "at_most": 20.0}, "refuted"),
+    ],
+)
+def test_verdict_asks_whether_the_whole_interval_lies_in_the_range(limits, expected):
+    assert verdict([90.0, 92.0, 91.0], **limits) == expected
+
+
+@pytest.mark.parametrize("summary", [mean_sd, mean_interval, verdict])
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, np.nan], [1.0, np.inf]])
-def test_mean_sd_refuses_what_has_no_spread(values):
+def test_summaries_refuse_what_has_no_spread(summary, values):
     with pytest.raises(ValueError, match="two or more finite values"):
-        mean_sd(values)
+        summary(values)
 
 
 # --- What bad input gets ------------------------------------------------------------------------------------------
