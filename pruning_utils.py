@@ -267,7 +267,16 @@ def _train_side_by_side(
             joint.train_on_batch(batch, list(dataset.y_train[batch].T))
         for curve, network in zip(curves, networks, strict=True):
             curve += _measure(network, dataset, epoch)
-    return [(network.get_weights(), pd.DataFrame(curve)) for network, curve in zip(networks, curves, strict=True)]
+    trained = [(network.get_weights(), pd.DataFrame(curve)) for network, curve in zip(networks, curves, strict=True)]
+    _release(joint)
+    return trained
+
+
+def _release(trained: keras.Model) -> None:
+    """Empty the variables of a model: TensorFlow 2.21 never frees what a compiled training step has used."""
+    if BACKEND == "tensorflow":
+        for variable in (*trained.variables, *trained.optimizer.variables):
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tf.zeros(0, variable.dtype))
 
 
 def _measure(network: keras.Sequential, dataset: Dataset, epoch: int) -> list[dict]:
