@@ -1,11 +1,11 @@
-# Two commands: `make study` runs every notebook on the real data, `make test` runs every test.
+# Two commands: `make study` runs every notebook on the real data, `make test` runs every test. `make bench` compares speed.
 # Both create .venv first if it is missing or the list of dependencies has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 export TQDM_DISABLE ?= 1
 
-.PHONY: study test lab
+.PHONY: study test lab bench
 .DELETE_ON_ERROR:
 
 study: .venv/study
@@ -23,6 +23,9 @@ lab: export TQDM_DISABLE =
 lab: .venv/study
 	$(BIN)/jupyter lab notebooks
 
+bench: .venv-bench/ready
+	.venv-bench/bin/python tests/bench_report.py
+
 .venv:
 	$(PYTHON) -m venv .venv
 
@@ -33,3 +36,8 @@ lab: .venv/study
 .venv/test: pyproject.toml constraints.txt | .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@ .venv/study
+
+.venv-bench/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@

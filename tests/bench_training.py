@@ -1,0 +1,129 @@
+"""Training, seconds per network and epoch: five networks side by side against Keras, TensorFlow, PyTorch and JAX loops.
+
+The network is 784-1000-1000-500-200-10, batches of 128, Adam. Each contender trains on all 60,000 MNIST images.
+"""
+
+import time
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import tensorflow as tf
+import torch
+from bench_tools import against, hand_over, in_turn, measured
+
+from pruning_utils import HIDDEN, load_dataset, relu_network, train_networks
+
+WIDTHS = (784, *HIDDEN, 10)
+BATCH, STEPS = 128, 468  # whole batches of an epoch
+# Multiply-adds twice: forward, gradients by the weights, gradients by the inputs of all layers but the first.
+FLOPS = 2 * sum((3 if i else 2) * WIDTHS[i] * WIDTHS[i + 1] for i in range(5)) * BATCH * STEPS
+data = load_dataset("mnist")
+order = np.random.default_rng(0).permutation(60_000)[: BATCH * STEPS].reshape(STEPS, BATCH)
+
+
+def ours(epochs: int) -> float:
+    """Seconds of five networks side by side. Twice one epoch minus one leaves out building and tracing."""
+    start = time.perf_counter()
+    train_networks(data, epochs=epochs, cache=None)
+    return time.perf_counter() - start
+
+
+def keras_fit():
+    network = relu_network(seed=0)
+    network.compile(keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return lambda: network.fit(data.x_train, data.y_train, batch_size=BATCH, epochs=1, verbose=0)
+
+
+def tensorflow_loop():
+    """The usual hand-written loop: tf.data, GradientTape, tf.function, Keras' Adam."""
+    network, optimizer = relu_network(seed=0), keras.optimizers.Adam(1e-3)
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    batches = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train)).shuffle(60_000).batch(BATCH)
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            value = entropy(y, network(x, training=True))
+        optimizer.apply(tape.gradient(value, network.trainable_variables), network.trainable_variables)
+
+    def epoch():
+        for x, y in batches:
+            step(x, y)
+
+    return epoch
+
+
+def pytorch_loop():
+    layers = []
+    for inputs, units in pairwise(WIDTHS[:-1]):
+        layers += [torch.nn.Linear(inputs, units, bias=False), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTHS[-2], 10))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train.astype(np.int64))
+
+    def epoch():
+        for rows in torch.from_numpy(order):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def jax_epoch():
+    """One compiled `lax.scan` over all batches, Adam written out."""
+    start = relu_network(seed=0)
+    weights = [jnp.asarray(weight) for weight in start.get_weights()]
+    x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+
+    def value(weights, rows):
+        hidden = x[rows]
+        for kernel in weights[:-2]:
+            hidden = jax.nn.relu(hidden @ kernel)
+        logits = jax.nn.log_softmax(hidden @ weights[-2] + weights[-1])
+        return -jnp.mean(jnp.take_along_axis(logits, y[rows, None], axis=1))
+
+    def step(state, rows):
+        weights, means, squares, count = state
+        gradients, count = jax.grad(value)(weights, rows), count + 1
+        means = [0.9 * m + 0.1 * g for m, g in zip(means, gradients, strict=True)]
+        squares = [0.999 * s + 0.001 * g * g for s, g in zip(squares, gradients, strict=True)]
+        rate = 1e-3 * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+        moves = [rate * m / (jnp.sqrt(s) + 1e-7) for m, s in zip(means, squares, strict=True)]
+        return ([w - move for w, move in zip(weights, moves, strict=True)], means, squares, count), 0.0
+
+    epoch = jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(order))[0])
+    zeros = [jnp.zeros_like(weight) for weight in weights]
+    state = [(weights, zeros, zeros, jnp.float32(0))]
+
+    def run():
+        state[0] = jax.block_until_ready(epoch(state[0]))
+
+    return run
+
+
+def peak() -> float:
+    """Best float32 matrix product of this machine in FLOP/s, of five."""
+    a = tf.random.normal((4096, 4096))
+    seconds = in_turn({"product": lambda: tf.matmul(a, a).numpy()})["product"]
+    return 2 * 4096**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    peers = {
+        "keras fit": keras_fit(), "tensorflow loop": tensorflow_loop(), "pytorch loop, fused Adam": pytorch_loop(),
+        "jax lax.scan": jax_epoch(),
+    }  # fmt: skip
+    mine, theirs = [], {name: [] for name in peers}
+    for run in peers.values():
+        run()  # warm-up
+    for _ in range(3):
+        mine.append((ours(2) - ours(1)) / 5)
+        for name, seconds in in_turn(peers, repeats=1).items():
+            theirs[name] += seconds
+    rows = against("training, one network, one epoch", mine, theirs, {"jax lax.scan": 1.15, "tensorflow loop": 0.85})
+    share = FLOPS / sorted(mine)[1] / peak()
+    hand_over([*rows, measured("training, share of the machine's matrix-product peak", f"{100 * share:.0f} %")])

@@ -1,0 +1,95 @@
+"""Run the heavy parts of the study where Keras computes, on a GPU above all, and compare with the CPU.
+
+    python tests/gpu_check.py                        with TensorFlow
+    KERAS_BACKEND=jax python tests/gpu_check.py      or torch, where that package sees a GPU
+
+Prints two Markdown tables, seconds and agreement: the share of test images for which the CPU, given the same weights,
+predicts the same. The script ends with an error if that is less than 99.9 %. Without a GPU it runs too, and says so.
+"""
+
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from pruning_utils import (
+    SPARSITIES,
+    accuracy,
+    device,
+    load_dataset,
+    prune_neurons,
+    prune_weights,
+    repair,
+    shrink,
+    sweep,
+    train_networks,
+)
+
+AGREE, EPOCHS, SIDE_BY_SIDE = 0.999, 3, (1, 5, 20)
+
+
+def predictions(network: keras.Model, x: np.ndarray) -> np.ndarray:
+    return keras.ops.convert_to_numpy(network(x, training=False)).argmax(axis=1)
+
+
+def agreement(network: keras.Model, x: np.ndarray) -> float:
+    """Return the share of images that a copy of the network on the CPU predicts alike."""
+    with keras.device("cpu:0"):
+        twin = keras.models.clone_model(network)
+        twin.set_weights(network.get_weights())
+        expected = predictions(twin, x)
+    return float(np.mean(predictions(network, x) == expected))
+
+
+def timed(run: Callable) -> tuple[object, float]:
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
+
+
+def training(data) -> tuple[keras.Model, list[str]]:
+    """Train 1, 5 and 20 networks side by side; the seconds of one epoch tell building and compiling apart."""
+    rows = []
+    for count in SIDE_BY_SIDE:
+        settings = {"dataset": data, "seeds": range(count), "side_by_side": count, "cache": None}
+        _, short = timed(lambda settings=settings: train_networks(**settings, epochs=1))
+        (networks, _), long = timed(lambda settings=settings: train_networks(**settings, epochs=EPOCHS))
+        epoch = (long - short) / (EPOCHS - 1)
+        rows.append(f"| training, {count} side by side, per epoch of all | {short - epoch:.1f} | {epoch:.2f} |")
+        rows.append(f"| the same, per network and epoch | | {epoch / count:.2f} |")
+    return networks[0], rows
+
+
+def main() -> None:
+    data = load_dataset("mnist")
+    network, times = training(data)
+    x, checks = data.x_train[:3000], {"dense": network}
+    for what, prune in {"weights": prune_weights, "neurons": prune_neurons}.items():
+        jobs = {
+            f"sweep of {what}, {len(SPARSITIES)} sparsities": lambda prune=prune: sweep([network], data, {"": prune}),
+            f"repair without 80 % of the {what}, 3,000 images": lambda prune=prune: repair(
+                prune(network, 0.8), network, x
+            ),
+        }
+        for name, job in jobs.items():
+            (_, first), (result, again) = timed(job), timed(job)
+            times.append(f"| {name} | {first:.2f} | {again:.2f} |")
+        checks[f"80 % of {what} removed"] = prune(network, 0.8)
+        checks[f"80 % of {what} removed, repaired, shrunk"] = shrink(result)
+    print(f"{device()}\n\n| step | first time (s) | again (s) |\n|---|---|---|")
+    print("\n".join(times), end="\n\n")
+    print("| network | accuracy (%) | predicted as on the CPU (%) |\n|---|---|---|")
+    agree = {name: agreement(network, data.x_test) for name, network in checks.items()}
+    for name, network in checks.items():
+        right = accuracy(network, data.x_test, data.y_test)
+        print(f"| {name} | {100 * right:.1f} | {100 * agree[name]:.2f} |")
+    if "CPU cores" in device():
+        print("\nNo GPU was found: this compared the CPU with itself.")
+    if min(agree.values()) < AGREE:
+        raise SystemExit(
+            f"at least {100 * AGREE} % of the predictions must be the CPU's, least is {min(agree.values())}"
+        )
+
+
+if __name__ == "__main__":
+    main()
