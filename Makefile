@@ -30,11 +30,11 @@ bench: .venv-bench/ready
 	$(PYTHON) -m venv .venv
 
 .venv/study: pyproject.toml constraints.txt | .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deploy]'
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deploy,test]'
 	touch $@ .venv/study
 
 .venv-bench/ready: pyproject.toml constraints.txt

@@ -20,6 +20,7 @@ import numbers
 import os
 import struct
 import sys
+import timeit
 import warnings
 import zipfile
 import zlib
@@ -39,8 +40,8 @@ from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: TensorFlow's C++ writes there, whatever the logging level."""
+def silent_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: the C++ of TensorFlow and LiteRT writes there, whatever the logging level."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -53,7 +54,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-with _silent_stderr():
+with silent_stderr():
     import keras
     from keras import ops
 
@@ -1022,7 +1023,6 @@ def mean_interval(values: Sequence[float], digits: int = 1) -> str:
     >>> mean_interval([90.0, 92.0, 91.0])
     '91.0 ± 2.5'
     """
-    mean_sd(values)  # refuses what has no interval
     low, high = _interval(values)
     return f"{(low + high) / 2:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
@@ -1036,7 +1036,6 @@ def verdict(values: Sequence[float], at_least: float = -np.inf, at_most: float =
     >>> verdict([90.0, 92.0, 91.0], at_least=80)
     'supported'
     """
-    mean_sd(values)  # refuses what has no interval
     low, high = _interval(values)
     if at_least <= low and high <= at_most:
         return "supported"
@@ -1044,9 +1043,29 @@ def verdict(values: Sequence[float], at_least: float = -np.inf, at_most: float =
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
+    mean_sd(values)  # refuses what has no interval
     values = np.asarray(values, float)
     half = scipy.stats.t.ppf(0.975, values.size - 1) * scipy.stats.sem(values)
     return values.mean() - half, values.mean() + half
+
+
+def time_in_turn(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.05
+) -> pd.DataFrame:
+    """Return seconds per call: a row per round, a column per contender, a name -> function without arguments.
+
+    Contenders take turns, so that a machine that is busy for a while is busy for all of them: compare columns row by
+    row. Two calls of each do not count (warm-up); a quick one is called until `seconds` are over, and the mean counts.
+    """
+    calls = {}
+    for name, run in contenders.items():
+        run()
+        calls[name] = max(1, round(seconds / timeit.timeit(run, number=1)))
+    turns = [
+        {name: timeit.timeit(run, number=calls[name]) / calls[name] for name, run in contenders.items()}
+        for _ in _progress(range(rounds), "timing")
+    ]
+    return pd.DataFrame(turns)
 
 
 def accuracy_table(frame: pd.DataFrame) -> pd.DataFrame:

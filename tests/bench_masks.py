@@ -5,9 +5,9 @@ import tracemalloc
 
 import numpy as np
 import torch
-from bench_tools import against, hand_over, in_turn, measured
+from bench_tools import against, hand_over, measured
 
-from pruning_utils import keep_masks
+from pruning_utils import keep_masks, time_in_turn
 
 
 def plain_mask(scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -29,10 +29,9 @@ if __name__ == "__main__":
     rows, medians = [], []
     for power in (6, 7, 8):
         scores = np.abs(np.random.default_rng(0).standard_normal(10**power, dtype=np.float32))
-        seconds = in_turn(contenders(scores), repeats=9 if power < 8 else 3)
-        mine = seconds.pop("ours")
-        medians.append(sorted(mine)[len(mine) // 2])
-        rows += against(f"masks of 10^{power} weights", mine, seconds, {"full sort": 0.25} if power == 8 else {})
+        seconds = time_in_turn(contenders(scores), rounds=9 if power < 8 else 3)
+        medians.append(seconds["ours"].median())
+        rows += against(f"masks of 10^{power} weights", seconds, {"full sort": 0.25} if power == 8 else {})
     tracemalloc.start()
     keep_masks({"layer": scores}, 0.9)
     peak = tracemalloc.get_traced_memory()[1] / scores.nbytes

@@ -25,10 +25,10 @@ def processor() -> str:
 
 def rows_of(name: str) -> list[dict]:
     print(f"bench_{name} …", file=sys.stderr, flush=True)
-    settings = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"TQDM_DISABLE": "1"}}
+    settings = {"capture_output": True, "text": True, "env": os.environ | {"TQDM_DISABLE": "1"}}
     done = subprocess.run([sys.executable, HERE / f"bench_{name}.py"], **settings)
     if done.returncode:
-        raise SystemExit(f"bench_{name}.py ended with status {done.returncode}; no table was written")
+        raise SystemExit(f"{done.stderr}\nbench_{name}.py ended with status {done.returncode}; no table was written")
     line = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
     return json.loads(line.removeprefix(MARK))
 

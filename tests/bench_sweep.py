@@ -5,10 +5,19 @@ import copy
 import numpy as np
 import torch
 import torch_pruning
-from bench_tools import against, hand_over, in_turn
+from bench_tools import against, hand_over
 from torch.nn.utils import prune
 
-from pruning_utils import SPARSITIES, accuracy, load_dataset, prune_neurons, prune_weights, relu_network, sweep
+from pruning_utils import (
+    SPARSITIES,
+    accuracy,
+    load_dataset,
+    prune_neurons,
+    prune_weights,
+    relu_network,
+    sweep,
+    time_in_turn,
+)
 
 data = load_dataset("mnist")
 network = relu_network(seed=0)
@@ -100,6 +109,5 @@ if __name__ == "__main__":
         ("sweep of weights", weights, {"ten bare forward passes": 1.25, "torch l1_unstructured": 0.4}),
         ("sweep of neurons", neurons, {"Torch-Pruning": 0.6}),
     ):
-        seconds = in_turn(contenders)
-        rows += against(what, seconds.pop("ours"), seconds, targets)
+        rows += against(what, time_in_turn(contenders, rounds=5), targets)
     hand_over(rows)

@@ -1,38 +1,29 @@
-"""What the benchmarks share: contenders timed in turn, so that a noisy machine is equally noisy for all of them."""
+"""What the benchmarks share: the rows of the table they fill."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+import pandas as pd
 
 MARK = "benchmark rows: "
 
 
-def in_turn(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
-    """Return the seconds of every contender in each of `repeats` rounds, after one round that does not count."""
-    seconds = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def against(what: str, seconds: pd.DataFrame, at_most: Mapping[str, float] | None = None) -> list[dict]:
+    """Return a row per peer of the column "ours": our seconds over theirs, round by round.
 
-
-def against(what: str, ours: list[float], peers: Mapping[str, list[float]], at_most: Mapping[str, float]) -> list[dict]:
-    """Return a row per peer: our seconds over theirs, round by round. `at_most` holds targets, where there are some."""
+    seconds: as `time_in_turn` returns them; at_most: peer -> the target for the ratio.
+    """
     rows = []
-    for peer, theirs in peers.items():
-        ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
-        middle, target = statistics.median(ratios), at_most.get(peer)
+    for peer in seconds.columns.drop("ours"):
+        ratios = seconds["ours"] / seconds[peer]
+        middle, target = ratios.median(), (at_most or {}).get(peer)
         rows.append(
             {
                 "what": what,
                 "compared with": peer,
-                "ours": f"{statistics.median(ours):.3g} s",
-                "theirs": f"{statistics.median(theirs):.3g} s",
-                "ours / theirs": f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                "ours": f"{seconds['ours'].median():.3g} s",
+                "theirs": f"{seconds[peer].median():.3g} s",
+                "ours / theirs": f"{middle:.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
                 "target": "" if target is None else f"≤ {target:g}: {'met' if middle <= target else 'missed'}",
             }
         )

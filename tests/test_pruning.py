@@ -1,6 +1,7 @@
 """Masks, scores, pruning, shrinking, cost and measuring: worked examples, properties, and plain-NumPy oracles."""
 
 import doctest
+import time
 
 import keras
 import numpy as np
@@ -35,6 +36,7 @@ from pruning_utils import (
     repair,
     shrink,
     sweep,
+    time_in_turn,
     verdict,
     weight_scores,
 )
@@ -828,6 +830,38 @@ def test_mean_interval_is_students_interval_of_the_mean():
     values = np.random.default_rng(0).normal(5, 2, 7)
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert mean_interval(values, 3) == f"{(low + high) / 2:.3f} ± {(high - low) / 2:.3f}"
+
+
+def test_time_in_turn_calls_everyone_in_every_round_and_does_not_count_the_warm_up():
+    calls = []
+
+    def contender(name, first, later):
+        def run():
+            time.sleep(first if name not in calls else later)
+            calls.append(name)
+
+        return run
+
+    frame = time_in_turn({"slow": contender("slow", 0.3, 0.05), "quick": contender("quick", 0.3, 0.01)}, 3, seconds=0)
+    assert calls == ["slow", "slow", "quick", "quick", *["slow", "quick"] * 3]
+    assert frame.shape == (3, 2)
+    assert (frame["slow"] > 0.05).all()
+    assert (frame["quick"] > 0.01).all()
+    assert frame.median()["quick"] < frame.median()["slow"] < 0.3
+
+
+def test_time_in_turn_repeats_what_is_quick_and_returns_seconds_of_one_call(monkeypatch):
+    calls = []
+
+    def clock(run, number):  # a call takes 10 ms, whatever this machine is busy with
+        for _ in range(number):
+            run()
+        return 0.01 * number
+
+    monkeypatch.setattr(pruning_utils.timeit, "timeit", clock)
+    frame = time_in_turn({"quick": lambda: calls.append(1)}, rounds=2, seconds=0.05)
+    assert len(calls) == 1 + 1 + 2 * 5
+    assert frame["quick"].to_list() == pytest.approx([0.01, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LISTED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"]
+LISTED = [Requirement(text) for texts in (PROJECT["dependencies"], *EXTRAS.values()) for text in texts]
 TESTED = {"python_version": "3.11"}  # what constraints.txt was written on
 PINS = {
     Requirement(line).name.lower().replace("_", "-"): Requirement(line)
@@ -48,12 +49,12 @@ def test_conda_brings_python_and_pip_and_nothing_else():
     assert [re.split("=", name)[0] for name in conda] == ["python", "pip"]
     python = conda[0].split("=")[1]
     assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[gpu,test]"]}
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[deploy,gpu,test]"]}
 
 
 def test_the_gpu_extra_is_the_same_tensorflow_with_cuda_on_linux_x86_only():
     plain = next(requirement for requirement in LISTED if requirement.name == "tensorflow")
-    (gpu,) = [Requirement(text) for text in PROJECT["optional-dependencies"]["gpu"]]
+    (gpu,) = [Requirement(text) for text in EXTRAS["gpu"]]
     assert (gpu.name, gpu.extras, gpu.specifier) == (plain.name, {"and-cuda"}, plain.specifier)
     here = {"sys_platform": "linux", "platform_machine": "x86_64"}
     assert gpu.marker.evaluate(here)
