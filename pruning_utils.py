@@ -397,7 +397,7 @@ def prunable_layers(network: keras.Model) -> list[keras.layers.Dense]:
     built, has only one `Dense` layer, is not a chain, or holds NaN or infinite weights.
     """
     for layer in (layers := _dense_layers(network)):
-        if not all(np.isfinite(ops.convert_to_numpy(weight)).all() for weight in layer.weights):
+        if not all(np.isfinite(np.asarray(weight)).all() for weight in layer.weights):
             raise ValueError(f"layer {layer.name!r} holds NaN or infinite weights; nothing can be measured or pruned")
     return layers[:-1]
 
@@ -434,11 +434,11 @@ def _dense_layers(network: keras.Model) -> list[keras.layers.Dense]:
 
 
 def _kernel(layer: keras.layers.Dense) -> np.ndarray:
-    return ops.convert_to_numpy(layer.kernel)
+    return np.asarray(layer.kernel)
 
 
 def _bias(layer: keras.layers.Dense) -> np.ndarray:
-    return ops.convert_to_numpy(layer.bias) if layer.use_bias else np.zeros(layer.units, np.float32)
+    return np.asarray(layer.bias) if layer.use_bias else np.zeros(layer.units, np.float32)
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------
@@ -778,7 +778,11 @@ def shrink(network: keras.Model) -> keras.Sequential:
     Such a unit has no non-zero path from any input or bias, or none to the output. A hidden layer keeps at least one
     unit, because Keras has no layer of none.
     """
-    layers, live = _dense_layers(network), _live_units(network)
+    return _shrink(network, _live_units(network))
+
+
+def _shrink(network: keras.Model, live: Sequence[np.ndarray]) -> keras.Sequential:
+    layers = _dense_layers(network)
     kept = {layer.name: np.flatnonzero(units) for layer, units in zip(layers, live[1:], strict=True)}
     small, weights, rows = [keras.Input(network.input_shape[1:])], [], np.flatnonzero(live[0])
     for layer in _chain(network):
@@ -820,7 +824,11 @@ def cost(network: keras.Model) -> dict:
     name -> units that can; multiply_adds: per image, and bytes: of all parameters, both of the shrunk network (at least
     one unit per layer).
     """
-    layers, live = _dense_layers(network), _live_units(network)
+    return _cost(network, _live_units(network))
+
+
+def _cost(network: keras.Model, live: Sequence[np.ndarray]) -> dict:
+    layers = _dense_layers(network)
     weights = [
         np.count_nonzero((_kernel(layer) != 0) & rows[:, None] & columns)
         for layer, rows, columns in zip(layers[:-1], live, live[1:], strict=False)
@@ -960,9 +968,10 @@ def sweep(
 
 
 def _measure_pruned(pruned: keras.Model, dataset: Dataset) -> dict:
-    left = cost(pruned)
-    whole = all(layer.units == left["units_left"][layer.name] for layer in prunable_layers(pruned))
-    correct, entropy = _evaluate(pruned if whole else shrink(pruned), dataset.x_test, dataset.y_test)
+    live = _live_units(pruned)
+    whole = all(units.all() for units in live)
+    correct, entropy = _evaluate(pruned if whole else _shrink(pruned, live), dataset.x_test, dataset.y_test)
+    left = _cost(pruned, live)
     return {"accuracy": correct, "loss": entropy} | {key: left[key] for key in ("weights_left", "multiply_adds")}
 
 

@@ -68,3 +68,16 @@ def test_ci_and_pre_commit_use_what_is_pinned():
     assert any(step.get("run") == ".ci/run" for step in workflow["jobs"]["test"]["steps"])
     (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert PINS["ruff"].specifier.contains(hooks["rev"].removeprefix("v"))
+
+
+def rows(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in markdown.splitlines() if "|" in line]
+
+
+def test_the_readme_quotes_the_benchmark():
+    readme, bench = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/bench.md"))
+    head, _, *quoted = rows(readme.split("<!-- bench -->")[1].split("<!-- /bench -->")[0])
+    measured = {(what, peer): ratio.split(" ")[0] for what, peer, _, _, ratio, _ in rows(bench)}
+    assert head == ["what", "compared with", "ours / theirs"]
+    assert len(quoted) >= 8
+    assert [row for row in quoted if measured[row[0], row[1]] != row[2]] == []
