@@ -45,7 +45,9 @@ if __name__ == "__main__":
     text = (
         f"# Benchmark\n\nOne run of `make bench` on {processor()}, {os.cpu_count()} CPU cores, Python "
         f"{platform.python_version()}, {packages}. Contenders take turns; a ratio is the median over rounds, with the "
-        f"smallest and the largest. Below 1 we are faster.\n\n{table(rows)}\n"
+        f"smallest and the largest. Below 1 we are faster. Training and sweeps: 784-1000-1000-500-200-10, batches of "
+        f"128 with Adam, ten sparsities on 10,000 test images. Repair: two hidden layers of equal width without 80 %."
+        f"\n\n{table(rows)}\n"
     )
     print(text)
     if set(names) == set(NAMES):
