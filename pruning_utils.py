@@ -1,8 +1,8 @@
 """Prune, repair and shrink Keras 3 networks: single weights or whole neurons.
 
-Every function returns a new network, of the same class and not compiled, and leaves its argument as it was. Kernels have
-the shape (inputs, units); a mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a
-fraction in [0, 1]. Any built chain of `Dense` layers can be pruned, `Sequential` or functional, with or without biases.
+Every function returns a new network, of the same class and not compiled, and leaves its arguments alone. Any built
+chain of `Dense` layers will do, `Sequential` or functional. A kernel has the shape (inputs, units); a mask is boolean,
+True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
 
     >>> layers = [keras.layers.Dense(30, "relu", name="hidden"), keras.layers.Dense(10)]
     >>> network = keras.Sequential([keras.Input((16,)), *layers])
@@ -13,20 +13,22 @@ fraction in [0, 1]. Any built chain of `Dense` layers can be pruned, `Sequential
 import inspect
 import math
 import numbers
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import scipy.linalg
-from keras import ops
+from keras import Model, ops
 from keras.layers import Activation, Dense, Dropout, Flatten, ReLU, Softmax
 
 # Keras' own types. A subclass of yours that computes the same may be added: SUPPORTED.add(MyDense).
 SUPPORTED = {Dense, Flatten, Dropout, Activation, ReLU, Softmax}
 BATCH_SIZE = 4096  # images per forward pass
 Array = np.ndarray | None
+Arrays = dict[str, np.ndarray]  # layer name -> scores or mask
 
 # --- What can be pruned -------------------------------------------------------------------------------------------
 
@@ -54,16 +56,13 @@ class _Stage(NamedTuple):
 class _Chain(NamedTuple):
     """A network taken apart: the layers before the first Dense layer, and a stage per Dense layer."""
 
-    network: keras.Model
+    network: Model
     before: list
     stages: list[_Stage]
 
     def start(self, images: np.ndarray):
         """Return what the first Dense layer receives for a batch of images."""
         return _through(self.before, _wide(ops.convert_to_tensor(images, self.network.inputs[0].dtype)))
-
-    def kernels(self) -> list[np.ndarray]:
-        return [ops.convert_to_numpy(_wide(stage.layer.kernel)) for stage in self.stages]
 
 
 def _wide(array):
@@ -86,89 +85,62 @@ def _batches(images: np.ndarray, size: int = BATCH_SIZE) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(images), size)]
 
 
-def prunable_layers(network: keras.Model) -> list[Dense]:
+def prunable_layers(network: Model) -> list[Dense]:
     """Return the `Dense` layers that may be pruned: all but the last one, the output layer.
 
-    Raises `TypeError` for a network or layer of a kind that is not supported, `ValueError` for a network that is not
-    built, has only one `Dense` layer, is not a chain of layers used once, or holds NaN or infinite weights.
+    Raises `TypeError` for a network or layer that is not supported, `ValueError` for a network that is not built, has
+    only one `Dense` layer, is not a chain of layers used once, or holds NaN or infinite weights.
     """
-    return [stage.layer for stage in _checked(network).stages[:-1]]
+    return [stage.layer for stage in _take_apart(network, check=True).stages[:-1]]
 
 
-def _checked(network: keras.Model) -> _Chain:
-    """Take a network apart, having looked at all its weights: once per call of a public function."""
-    chain = _take_apart(network)
-    for stage in chain.stages:
-        if not all(np.isfinite(weight).all() for weight in stage.weights()):
-            raise ValueError(f"layer {stage.layer.name!r} holds NaN or infinite weights; nothing can be done with it")
-    return chain
-
-
-def _take_apart(network: keras.Model) -> _Chain:
-    chain, shape, units = _Chain(network, [], []), None, None
+def _take_apart(network: Model, check: bool = False) -> _Chain:
+    """Return a network's layers as a chain; `check` looks at all weights, once per call of a public function."""
+    chain, shape = _Chain(network, [], []), network.inputs[0].shape
     for layer in _layers_in_order(network):
-        shape = layer.compute_output_shape(shape or network.inputs[0].shape)
+        shape, stages = layer.compute_output_shape(shape), chain.stages
         if not isinstance(layer, Dense):
-            (chain.stages[-1].after if chain.stages else chain.before).append(layer)
+            (stages[-1].after if stages else chain.before).append(layer)
             continue
-        if units not in (None, inputs := layer.kernel.shape[0]):
-            before = chain.stages[-1].layer.name
-            raise ValueError(f"layer {before!r} has {units} units, but {layer.name!r} takes {inputs} inputs")
-        chain.stages.append(_Stage(layer, shape, []))
-        units = layer.units
+        if stages and (units := stages[-1].layer.units) != (inputs := layer.kernel.shape[0]):
+            raise ValueError(f"layer {stages[-1].layer.name!r} has {units} units, but {layer.name!r} takes {inputs}")
+        if check and not all(np.isfinite(ops.convert_to_numpy(weight)).all() for weight in layer.weights):
+            raise ValueError(f"layer {layer.name!r} holds NaN or infinite weights; nothing can be done with it")
+        stages.append(_Stage(layer, shape, []))
     if len(chain.stages) < 2:
         names = [stage.layer.name for stage in chain.stages]
         raise ValueError(f"pruning needs a hidden layer before the output layer; {network.name!r} has only {names}")
     return chain
 
 
-def _layers_in_order(network: keras.Model) -> list[keras.layers.Layer]:
+def _layers_in_order(network: Model) -> list[keras.layers.Layer]:
     """Return the layers in order of execution, or say why this network is not a plain chain of supported layers."""
-    sequential = isinstance(network, keras.Sequential)
-    if not sequential and not (isinstance(network, keras.Model) and hasattr(network, "operations")):
+    sequential, name = isinstance(network, keras.Sequential), getattr(network, "name", None)
+    if not sequential and not (isinstance(network, Model) and hasattr(network, "_nodes_by_depth")):
         raise TypeError(f"expected a keras.Sequential or a functional network, got {type(network).__name__}")
     if not type(network).call.__module__.startswith("keras."):
-        raise TypeError(f"network {network.name!r} is not supported: {type(network).__name__} has a `call` of its own")
+        raise TypeError(f"network {name!r} is not supported: {type(network).__name__} has a `call` of its own")
     if not network.built or not network.inputs:
-        raise ValueError(f"network {network.name!r} is not built; call network.build((None, inputs)) first")
-    layers = network.layers if sequential else network.operations
+        raise ValueError(f"network {name!r} is not built; call network.build((None, inputs)) first")
+    steps = [[layer] for layer in network.layers]
+    if not sequential:  # all that happens at one distance from the output
+        levels = sorted(network._nodes_by_depth.items(), reverse=True)
+        steps = [[node.operation for node in nodes] for _, nodes in levels]
+    layers = [layer for step in steps for layer in step if not isinstance(layer, keras.layers.InputLayer)]
     for layer in layers:
-        _check_kind(layer)
-    layers = layers if sequential else _executed(network)
-    names = [layer.name for layer in layers]
-    if alike := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"network {network.name!r} is not a chain: layers used twice or named alike: {sorted(alike)}")
+        kind = f"layer {layer.name!r} is a {type(layer).__name__}"
+        if type(layer) not in SUPPORTED:
+            supported = ", ".join(sorted(known.__name__ for known in SUPPORTED))
+            raise TypeError(f"{kind}, which is not supported; supported: {supported}, as Keras has them")
+        changed = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
+        if changed or len(layer.weights) != (1 + layer.use_bias if isinstance(layer, Dense) else 0):
+            raise TypeError(f"{kind}, quantised, with LoRA or with weights beyond kernel and bias: not supported")
+    names, structure = [layer.name for layer in layers], getattr(network, "_outputs_struct", None)
+    ends = len(network.inputs) + len(network.outputs)
+    if len(set(names)) < len(names) or max(map(len, steps)) > 1 or ends > 2 or isinstance(structure, Mapping):
+        raise ValueError(f"network {name!r} is not a chain: it needs one input, one output (not in a dictionary) and "
+                         f"every layer once, by a name of its own; got {names}")  # fmt: skip
     return layers
-
-
-def _check_kind(layer: object) -> None:
-    kind = f"layer {layer.name!r} is a {type(layer).__name__}"
-    if type(layer) not in SUPPORTED and not isinstance(layer, keras.layers.InputLayer):
-        supported = ", ".join(sorted(known.__name__ for known in SUPPORTED))
-        raise TypeError(f"{kind}, which is not supported; supported: {supported}, as Keras has them")
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-        raise TypeError(f"{kind}, quantised or with LoRA, which is not supported; prune before that")
-    if len(layer.weights) != (1 + layer.use_bias if isinstance(layer, Dense) else 0):
-        raise TypeError(f"{kind} with weights beyond kernel and bias, which is not supported")
-
-
-def _executed(network: keras.Model) -> list[keras.layers.Layer]:
-    """Return the layers of a functional network in order, numbers standing in for tensors."""
-    order = []
-
-    def recorded(layer):
-        def run(*inputs, **_):
-            if inputs != (len(order),):  # not just what the layer before it returned
-                raise ValueError(f"network {network.name!r} is not a chain: {layer.name!r} takes something else")
-            order.append(layer)
-            return len(order)
-
-        return run
-
-    ends = network._run_through_graph([0] * len(network.inputs), recorded)
-    if isinstance(ends, Mapping) or keras.tree.flatten(ends) != [len(order)] or len(network.inputs) > 1:
-        raise ValueError(f"network {network.name!r} is not a chain: it must have one input and one output")
-    return order
 
 
 def _removable(stage: _Stage) -> bool:
@@ -197,7 +169,7 @@ def _fits(shape: tuple, expected: tuple) -> bool:
     return len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))
 
 
-def _images(network: keras.Model, x) -> np.ndarray:
+def _images(network: Model, x) -> np.ndarray:
     """Return images as a NumPy array, having checked kind, shape and finiteness."""
     expected = tuple(network.inputs[0].shape)
     x = np.asanyarray(ops.convert_to_numpy(x) if isinstance(x, keras.Variable) or ops.is_tensor(x) else x)
@@ -230,8 +202,8 @@ def _labels(chain: _Chain, x: np.ndarray, y) -> np.ndarray:
 
 
 def weight_scores(
-    network: keras.Model, criterion: str = "magnitude", x: Array = None, y: Array = None, seed: int | None = None
-) -> dict[str, np.ndarray]:
+    network: Model, criterion: str = "magnitude", x: Array = None, y: Array = None, seed: int | None = None
+) -> Arrays:
     """Return a score for every prunable weight: layer name -> array of the kernel's shape (inputs, units).
 
     criterion: "magnitude" |w|; "activation" |w| · rms of its input over images `x` (Sun et al. 2023, Wanda);
@@ -244,8 +216,8 @@ def weight_scores(
 
 
 def neuron_scores(
-    network: keras.Model, criterion: str = "norm", x: Array = None, y: Array = None, seed: int | None = None
-) -> dict[str, np.ndarray]:
+    network: Model, criterion: str = "norm", x: Array = None, y: Array = None, seed: int | None = None
+) -> Arrays:
     """Return a score for every prunable neuron: layer name -> array (units,).
 
     criterion: "norm", the L2 norm of the incoming kernel column; "activation", rms output over images `x` · L2 norm of
@@ -259,17 +231,14 @@ def neuron_scores(
     return _score(network, "neuron", NEURON_CRITERIA, criterion, {"x": x, "y": y, "seed": seed})
 
 
-def _score(network: keras.Model, kind: str, criteria: Mapping[str, Callable], criterion: str, data: dict) -> dict:
-    chain = _checked(network)
+def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterion: str, data: dict) -> dict:
+    chain = _take_apart(network, check=True)
     _choice(f"{kind} criterion", criterion, criteria)
     needed = inspect.signature(criteria[criterion]).parameters
     data = {name: value for name, value in data.items() if name in needed}
-    for name, value in data.items():
-        if value is None:
-            what = {"x": f"training images of shape {network.inputs[0].shape}", "y": "labels", "seed": "such as 0"}[
-                name
-            ]
-            raise ValueError(f"criterion {criterion!r} needs {name}, {what}; got None")
+    if missing := [name for name, value in data.items() if value is None]:
+        hint = f"x: training images of shape {network.inputs[0].shape}, y: their labels, seed: a number"
+        raise ValueError(f"criterion {criterion!r} needs {' and '.join(missing)}; got None ({hint})")
     if "x" in data:
         data["x"] = _images(network, data["x"])
     if "y" in data:
@@ -283,54 +252,35 @@ def _score(network: keras.Model, kind: str, criteria: Mapping[str, Callable], cr
     return scores
 
 
-def _check_scores(scores: Mapping[str, np.ndarray]) -> None:
+def _check_scores(scores: Arrays) -> None:
     for name, score in scores.items():
         if not np.isfinite(score).all():
             raise ValueError(f"scores of layer {name!r} hold NaN or inf; they cannot be ranked")
 
 
-def _kernels(network: keras.Model) -> list[np.ndarray]:
-    return _take_apart(network).kernels()[:-1]
-
-
-def _norm(kernel: np.ndarray, axis: int) -> np.ndarray:
-    return np.sqrt(np.square(kernel, dtype=np.float64).sum(axis=axis))
-
-
-def _random(arrays: Iterable[np.ndarray], seed: int) -> list[np.ndarray]:
-    return [np.random.default_rng([seed, number]).random(array.shape) for number, array in enumerate(arrays)]
+def _kernels(network: Model) -> list[np.ndarray]:
+    return [ops.convert_to_numpy(_wide(stage.layer.kernel)) for stage in _take_apart(network).stages]
 
 
 def _input_rms(network, x) -> list[np.ndarray]:
-    return [
-        np.sqrt(squares) for squares in _mean_square(network, x, lambda a: ops.sum(ops.square(a), axis=0), np.multiply)
-    ]
+    squares = _mean_square(network, x, lambda a: ops.sum(ops.square(a), axis=0), np.multiply)
+    return [np.sqrt(each) for each in squares]
 
 
 def _weight_activation(network, x) -> list[np.ndarray]:
-    return [
-        np.abs(kernel) * rms[:, None] for kernel, rms in zip(_kernels(network), _input_rms(network, x), strict=False)
-    ]
-
-
-def _neuron_activation(network, x) -> list[np.ndarray]:
-    outgoing = [_norm(kernel, axis=1) for kernel in _take_apart(network).kernels()]
-    return [rms * norm for rms, norm in zip(_input_rms(network, x)[1:], outgoing[1:], strict=True)]
+    inputs = _input_rms(network, x)[:-1]
+    return [np.abs(kernel) * rms[:, None] for kernel, rms in zip(_kernels(network), inputs, strict=False)]
 
 
 def _weight_taylor(network, x, y) -> list[np.ndarray]:
     # The gradient of one image's loss by w_ij is input_i · delta_j; its mean |.| over images is one matrix product.
     means = _mean_over_rows(network, x, y, lambda a, z, delta: ops.matmul(ops.transpose(ops.abs(a)), ops.abs(delta)))
-    return [np.abs(kernel) * mean for kernel, mean in zip(_kernels(network), means, strict=False)]
-
-
-def _neuron_taylor(network, x, y) -> list[np.ndarray]:
-    return _mean_over_rows(network, x, y, lambda a, z, delta: ops.sum(ops.abs(z * delta), axis=0))[:-1]
+    return [np.abs(kernel) * mean for kernel, mean in zip(_kernels(network), means[:-1], strict=False)]
 
 
 def _neuron_reconstruction(network, x) -> list[np.ndarray]:
     grams = _mean_square(network, x, lambda a: ops.matmul(ops.transpose(a), a), np.outer)
-    return list(map(_error_before_each, grams[1:], _take_apart(network).kernels()[1:]))
+    return list(map(_error_before_each, grams[1:], _kernels(network)[1:]))
 
 
 def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:
@@ -375,20 +325,33 @@ def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3
     return error
 
 
-# A criterion takes the network and, by these names, those of x, y and seed that it needs; it returns one array of scores
+def _neuron_activation(network, x) -> list[np.ndarray]:
+    inputs, kernels = _input_rms(network, x)[1:], _kernels(network)[1:]
+    return [rms * np.linalg.norm(kernel.astype(float), axis=1) for rms, kernel in zip(inputs, kernels, strict=True)]
+
+
+def _neuron_taylor(network, x, y) -> list[np.ndarray]:
+    return _mean_over_rows(network, x, y, lambda a, z, delta: ops.sum(ops.abs(z * delta), axis=0))[:-1]
+
+
+def _random(seed: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.random.default_rng([seed, number]).random(array.shape) for number, array in enumerate(arrays)]
+
+
+# A criterion takes the network and, by these names, those of x, y and seed that it needs; it returns an array of scores
 # per prunable layer. Add yours here.
 WEIGHT_CRITERIA: dict[str, Callable] = {
-    "magnitude": lambda network: [np.abs(kernel) for kernel in _kernels(network)],
+    "magnitude": lambda network: [np.abs(kernel) for kernel in _kernels(network)[:-1]],
     "activation": _weight_activation,
     "taylor": _weight_taylor,
-    "random": lambda network, seed: _random(_kernels(network), seed),
+    "random": lambda network, seed: _random(seed, _kernels(network)[:-1]),
 }
 NEURON_CRITERIA: dict[str, Callable] = {
-    "norm": lambda network: [_norm(kernel, axis=0) for kernel in _kernels(network)],
+    "norm": lambda network: [np.linalg.norm(kernel.astype(float), axis=0) for kernel in _kernels(network)[:-1]],
     "activation": _neuron_activation,
     "taylor": _neuron_taylor,
     "reconstruction": _neuron_reconstruction,
-    "random": lambda network, seed: _random([kernel[0] for kernel in _kernels(network)], seed),
+    "random": lambda network, seed: _random(seed, [kernel[0] for kernel in _kernels(network)[:-1]]),
 }
 
 
@@ -409,7 +372,7 @@ def _near_one(rows) -> tuple:
     return rows / ops.convert_to_tensor(powers, rows.dtype), powers.astype(np.float64)
 
 
-def _mean_square(network: keras.Model, x: np.ndarray, term: Callable, scale: Callable) -> list[np.ndarray]:
+def _mean_square(network: Model, x: np.ndarray, term: Callable, scale: Callable) -> list[np.ndarray]:
     """Return, per Dense layer, the mean over images of a term that is quadratic in its inputs, in float64.
 
     Inputs are brought near 1 first, so that squares neither under- nor overflow; scale(powers, powers) undoes it.
@@ -419,13 +382,12 @@ def _mean_square(network: keras.Model, x: np.ndarray, term: Callable, scale: Cal
     for batch in _batches(x):
         for number, inputs in enumerate(_forward(chain, x[batch])[0]):
             rows, powers = _near_one(_rows(inputs))
-            totals[number] += (
-                scale(powers, powers) * ops.convert_to_numpy(term(rows)) * (len(inputs) / len(x) / len(rows))
-            )
+            total = scale(powers, powers) * ops.convert_to_numpy(term(rows))
+            totals[number] += total / (len(x) * len(rows) // len(inputs))
     return totals
 
 
-def _mean_over_rows(network: keras.Model, x: np.ndarray, y: np.ndarray, term: Callable) -> list[np.ndarray]:
+def _mean_over_rows(network: Model, x: np.ndarray, y: np.ndarray, term: Callable) -> list[np.ndarray]:
     """Return, per Dense layer, the mean over images of term(input, pre-activation, gradient by the pre-activation)."""
     chain = _take_apart(network)
     totals = [0.0] * len(chain.stages)
@@ -444,39 +406,32 @@ def _mean_over_rows(network: keras.Model, x: np.ndarray, y: np.ndarray, term: Ca
 
 def _gradients(function: Callable, arrays: list) -> list:
     """Return the gradient of the scalar function(arrays) by each array: the one thing Keras has no common name for."""
-    if (backend := keras.backend.backend()) == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
+    name = keras.backend.backend()
+    backend = sys.modules[name]  # Keras has imported it
+    if name == "tensorflow":
+        with backend.GradientTape() as tape:
             tape.watch(arrays)
             value = function(arrays)
         return tape.gradient(value, arrays)
-    if backend == "jax":
-        import jax
-
-        return jax.grad(function)(arrays)
-    if backend == "torch":
-        import torch
-
+    if name == "jax":
+        return backend.grad(function)(arrays)
+    if name == "torch":
         arrays = [array.requires_grad_() for array in arrays]
-        return torch.autograd.grad(function(arrays), arrays)
-    raise ValueError(f"Keras backend {backend!r} has no gradients; use tensorflow, jax or torch")
+        return backend.autograd.grad(function(arrays), arrays)
+    raise ValueError(f"Keras backend {name!r} has no gradients; use tensorflow, jax or torch")
 
 
 # --- Masks and pruning --------------------------------------------------------------------------------------------
 
 
-def keep_masks(
-    scores: Mapping[str, np.ndarray], sparsity: float | Mapping[str, float], scope: str = "layer"
-) -> dict[str, np.ndarray]:
+def keep_masks(scores: Arrays, sparsity: float | Mapping[str, float], scope: str = "layer") -> Arrays:
     """Return boolean masks (True = kept) of the scores' shapes that remove the lowest `sparsity` of them.
 
-    Exactly `round(sparsity * n)` of n entries are removed. Scope "layer": of every layer; `sparsity` may then be a
-    dictionary, one per layer. "global": of all layers, ranked together by value. "equal": of all layers, ranked by the
-    place in their own, because scores of different layers have no common scale: all layers keep equally many, and
-    narrow ones stay whole until wider ones have come down to them.
-    Among equal scores those that come first go first, as a stable sort would have it, so masks are nested: what is
-    removed at one sparsity is removed at every higher one.
+    Exactly `round(sparsity * n)` of n entries are removed: with scope "layer" of every layer (`sparsity` may then be a
+    dictionary, one per layer), with "global" of all layers, ranked together by value, with "equal" of all, ranked by
+    the place in their own, because scores of different layers have no common scale: then all layers keep equally
+    many, and narrow ones stay whole until wider ones have come down to them. Among equal scores the first go first, so
+    masks are nested: what is removed at one sparsity is removed at every higher one.
     Raises `ValueError` for a sparsity outside [0, 1] or of other layers, an unknown scope, or a score that is NaN or
     infinite; `TypeError` for a sparsity that is no number.
 
@@ -515,7 +470,7 @@ def _keep_highest(scores: np.ndarray, sparsity: float) -> np.ndarray:
     return kept
 
 
-def apply_masks(network: keras.Model, masks: Mapping[str, np.ndarray]) -> keras.Model:
+def apply_masks(network: Model, masks: Arrays) -> Model:
     """Return a copy of the network with zeros where the masks are False; layers without a mask stay as they are.
 
     A mask of shape (inputs, units) removes single weights. A mask of shape (units,) removes whole neurons: kernel
@@ -524,26 +479,25 @@ def apply_masks(network: keras.Model, masks: Mapping[str, np.ndarray]) -> keras.
     Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may not be
     pruned, a mask of another shape, or a removed neuron whose activation is not 0 at 0 or depends on other units.
     """
-    chain = _checked(network)
+    chain = _take_apart(network, check=True)
     stages = {stage.layer.name: stage for stage in chain.stages[:-1]}
     weights = {stage.layer.name: list(stage.layer.weights) for stage in chain.stages}
     for name, mask in masks.items():
         _choice("prunable layer", name, stages)
-        shape, kind = tuple(weights[name][0].shape), getattr(mask, "dtype", type(mask).__name__)
-        if not isinstance(mask, np.ndarray) or kind != bool:
+        shape = tuple(weights[name][0].shape)
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of layer {name!r} must be a boolean NumPy array (True = kept), got {kind}")
         if mask.shape not in (shape, shape[1:]):
             raise ValueError(f"the mask of layer {name!r} has shape {mask.shape}; allowed: {shape} or {shape[1:]}")
         if mask.ndim == 1 and not mask.all() and not _removable(stages[name]):
-            raise ValueError(
-                f"neurons of layer {name!r} cannot be removed: its activation is not 0 at 0 or mixes units"
-            )
+            raise ValueError(f"neurons of layer {name!r} cannot be removed: their activation is not 0 at 0, or mixed")
         masked = 2 if mask.ndim == 1 else 1  # the bias goes with its unit
         weights[name][:masked] = [ops.where(mask, weight, 0) for weight in weights[name][:masked]]
     return _rebuild(network, weights)
 
 
-def _rebuild(network: keras.Model, weights: Mapping[str, list]) -> keras.Model:
+def _rebuild(network: Model, weights: Mapping[str, list]) -> Model:
     """Return a copy of the network whose Dense layers have these kernels and biases, and as many units."""
     originals, start = _layers_in_order(network), network.inputs[0]
     start = keras.Input(batch_shape=start.shape, dtype=start.dtype, name=start.name)
@@ -556,38 +510,34 @@ def _rebuild(network: keras.Model, weights: Mapping[str, list]) -> keras.Model:
             end = layer(end)
         # Structures, because the input may be named in a dictionary, and the output in a list.
         ends = keras.tree.map_structure(lambda _: end, network._outputs_struct)
-        copy = keras.Model(keras.tree.map_structure(lambda _: start, network._inputs_struct), ends, name=network.name)
+        copy = Model(keras.tree.map_structure(lambda _: start, network._inputs_struct), ends, name=network.name)
     copy.__class__ = type(network)
     for layer, original in zip(layers, originals, strict=True):
-        for initializer in ("kernel_initializer", "bias_initializer"):
-            if hasattr(original, initializer):
-                setattr(layer, initializer, getattr(original, initializer))
+        if isinstance(layer, Dense):
+            layer.kernel_initializer, layer.bias_initializer = original.kernel_initializer, original.bias_initializer
     return copy
 
 
 def _again(layer: keras.layers.Layer, weights: list | None) -> keras.layers.Layer:
-    """Return an unbuilt layer of the same settings that will start with these weights.
+    """Return an unbuilt layer of the same settings, read from attributes, that will start with these weights.
 
-    Settings are attributes: in a layer's configuration a function is only a name. Initialisers hand over the weights:
-    drawing random numbers first takes longer.
+    In a layer's configuration a function is only a name. Drawing random numbers first would take longer.
     """
+    kinds = type(layer).__mro__[: type(layer).__mro__.index(keras.layers.Layer)]
+    specs = [inspect.getfullargspec(kind.__init__) for kind in kinds]
     settings = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
-    for kind in type(layer).__mro__[: type(layer).__mro__.index(keras.layers.Layer)]:
-        for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if not hasattr(layer, name):
-                    kind = type(layer).__name__
-                    raise TypeError(f"layer {layer.name!r} cannot be copied: {kind} must keep {name!r} as an attribute")
-                settings[name] = getattr(layer, name)
+    try:
+        settings |= {name: getattr(layer, name) for spec in specs for name in (*spec.args[1:], *spec.kwonlyargs)}
+    except AttributeError as error:
+        raise TypeError(f"layer {layer.name!r} must keep what it is made with as attributes: {error}") from error
     if weights:
-        values = [lambda shape, dtype=None, w=w: ops.copy(ops.convert_to_tensor(w, dtype)) for w in weights]
-        settings |= {"units": weights[0].shape[1], **dict(zip(("kernel_initializer", "bias_initializer"), values))}  # noqa: B905
+        kernel, *bias = (lambda shape, dtype=None, w=w: ops.copy(ops.convert_to_tensor(w, dtype)) for w in weights)
+        settings |= {"units": weights[0].shape[1], "kernel_initializer": kernel}
+        settings |= {"bias_initializer": bias[0]} if bias else {}
     return type(layer)(**settings)
 
 
-def prune_weights(
-    network: keras.Model, sparsity: float, criterion: str = "magnitude", scope: str = "layer", **data: object
-) -> keras.Model:
+def prune_weights(network: Model, sparsity: float, criterion: str = "magnitude", scope: str = "layer", **data) -> Model:
     """Return a copy of the network with the lowest-scoring `sparsity` of its weights set to zero.
 
     The output layer and all biases stay. See `weight_scores` for criterion and data (x, y, seed), `keep_masks` for
@@ -596,13 +546,11 @@ def prune_weights(
     return apply_masks(network, keep_masks(weight_scores(network, criterion, **data), sparsity, scope))
 
 
-def prune_neurons(
-    network: keras.Model, sparsity: float, criterion: str = "norm", scope: str = "layer", **data: object
-) -> keras.Model:
+def prune_neurons(network: Model, sparsity: float, criterion: str = "norm", scope: str = "layer", **data) -> Model:
     """Return a copy of the network in which the lowest-scoring `sparsity` of its hidden units output exactly 0.
 
-    Their kernel columns and biases are set to zero; `shrink` then removes them. See `neuron_scores` for criterion and
-    data (x, y, seed), `keep_masks` for sparsity, scope and exact counts, `apply_masks` for what cannot be removed.
+    Kernel columns and biases become zero; `shrink` then removes them. See `neuron_scores` for criterion and data (x, y,
+    seed), `keep_masks` for sparsity, scope and exact counts, `apply_masks` for what cannot be removed.
     """
     return apply_masks(network, keep_masks(neuron_scores(network, criterion, **data), sparsity, scope))
 
@@ -610,22 +558,20 @@ def prune_neurons(
 # --- Shrinking and cost -------------------------------------------------------------------------------------------
 
 
-def shrink(network: keras.Model) -> keras.Model:
+def shrink(network: Model) -> Model:
     """Return a physically smaller network with the same outputs, without the units that cannot influence them.
 
-    Such a unit has no non-zero path from any input or bias, or none to the output. A hidden layer keeps at least one
-    unit, because Keras has no layer of none.
+    Such a unit has no non-zero path from any input or bias, or none to the output. A hidden layer keeps one at least.
     """
-    return _rebuild(network, _live_weights(_checked(network)))
+    return _rebuild(network, _live_weights(_take_apart(network, check=True)))
 
 
-def outputs(network: keras.Model, x: np.ndarray) -> np.ndarray:
+def outputs(network: Model, x: np.ndarray) -> np.ndarray:
     """Return the outputs for images `x` (n, ...) as a NumPy array: those of `shrink(network)`, without building it.
 
-    For measuring many pruned networks once each. Computed in float32 at least. Raises what `prunable_layers` and, for
-    images, `neuron_scores` raise.
+    In float32 at least; for measuring many networks once each. Raises what `prunable_layers` and `neuron_scores` do.
     """
-    chain, x, parts = _checked(network), _images(network, x), []
+    chain, x, parts = _take_apart(network, check=True), _images(network, x), []
     weights = [[_wide(weight) for weight in own] for own in _live_weights(chain).values()]
     for batch in _batches(x):
         signal = chain.start(x[batch])
@@ -638,7 +584,7 @@ def outputs(network: keras.Model, x: np.ndarray) -> np.ndarray:
 def _live_units(chain: _Chain) -> list[np.ndarray]:
     """Return boolean arrays, for the inputs and then for each Dense layer: which units lie on a path that matters.
 
-    All units of a layer whose units cannot be removed one by one stay: with a softmax, for one, each acts on all others.
+    All units stay where they cannot be removed one by one: of a softmax, for one, each acts on all others.
     """
     weights = [stage.weights() for stage in chain.stages]
     needed = [not _removable(stage) for stage in chain.stages[:-1]] + [True]
@@ -663,14 +609,14 @@ def _live_weights(chain: _Chain) -> dict[str, list]:
     return weights
 
 
-def cost(network: keras.Model) -> dict:
+def cost(network: Model) -> dict:
     """Return what is left of a network and what it costs.
 
     weights_left: non-zero kernel entries of the prunable layers that can still influence the output; units_left: layer
-    name -> units that can; multiply_adds: per image, and bytes: of all parameters, both of the shrunk network (at least
-    one unit per layer). On sequences, a layer is computed at every position; an open length counts as one.
+    name -> units that can; multiply_adds: per image, and bytes: of all parameters, both of the shrunk network. A layer
+    on sequences is computed at every position; an open length counts as one.
     """
-    chain = _checked(network)
+    chain = _take_apart(network, check=True)
     live, left, units, multiply_adds, size = _live_units(chain), 0, {}, 0, 0
     for stage, rows, columns in zip(chain.stages, live, live[1:], strict=False):
         kernel, *bias = stage.weights()
@@ -687,28 +633,26 @@ def cost(network: keras.Model) -> dict:
 # --- Repair -------------------------------------------------------------------------------------------------------
 
 
-def repair(
-    pruned: keras.Model, dense: keras.Model, x: np.ndarray, ridge: float = 1e-3, batch_size: int = BATCH_SIZE
-) -> keras.Model:
+def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_size: int = BATCH_SIZE) -> Model:
     """Return a copy of `pruned` whose remaining weights are refitted so that it computes again what `dense` computed.
 
-    Layer by layer from the input, the weights of each kernel that are left, and the biases of units that are left,
-    become those that bring the layer's pre-activations on the images `x` (n, ...), computed from the layers repaired so
-    far, closest to those of `dense` in least squares. What was pruned stays zero: entries that are zero in `pruned` and
-    not in `dense`, and, in a layer that lost single weights, all zeros. The output layer is refitted too: nothing of it
-    was pruned, but its inputs have changed. No labels, no gradients; a few thousand training images are enough.
+    Layer by layer from the input, the weights that are left, and the biases of units that are left, become those that
+    bring the layer's pre-activations on the images `x` (n, ...), computed from the layers repaired so far, closest to
+    those of `dense` in least squares. What was pruned stays zero: entries that are zero in `pruned` and not in `dense`,
+    and, in a layer that lost single weights, all zeros. The output layer is refitted too: nothing of it was pruned, but
+    its inputs have changed. No labels, no gradients; a few thousand training images are enough.
 
     ridge: weight of the distance to the pruned weights, in (0, 1e12], as a fraction of each input's own mean square. It
     is greater than 0, so that dead or duplicated inputs and few images do no harm: what the images do not determine
     stays as it was. Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single
-    weights every unit has a problem of its own: conjugate gradients solve all of them side by side until what is left
-    of each right-hand side is 0.1 % of it, and a `UserWarning` names a layer where that does not happen.
+    weights every unit has a problem of its own: conjugate gradients solve all of them side by side until 0.1 % of each
+    right-hand side is left, and a `UserWarning` names a layer where that does not happen.
     batch_size: images per forward pass; memory depends on it and not on the number of images.
 
     `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of
     different layers or activations, exchanged arguments or a ridge or batch size out of range, and what `outputs` does.
     """
-    ours, theirs, x = _checked(pruned), _checked(dense), _images(pruned, x)
+    ours, theirs, x = _take_apart(pruned, check=True), _take_apart(dense, check=True), _images(pruned, x)
     _check_pair(ours, theirs, x[:3])
     if isinstance(ridge, bool) or not (isinstance(ridge, numbers.Real) and 0 < ridge <= 1e12):
         raise ValueError(f"ridge must be a positive number up to 1e12, such as 1e-3; got {ridge!r}")
@@ -716,14 +660,12 @@ def repair(
         raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
     batches, fitted, known = _batches(x, batch_size), [], None
 
-    def arriving(number: int) -> Iterator[tuple]:
-        """Yield what layer `number` receives in both networks, by batches of images, which are not kept."""
+    def arriving(number: int) -> Iterable[tuple]:
+        """What layer `number` receives in both networks, by batches of images, which are not kept."""
         if number == 0:
-            yield from ((ours.start(x[batch]), theirs.start(x[batch])) for batch in batches)
-            return
-        stage, whole = ours.stages[number - 1], theirs.stages[number - 1]
-        for signal, wanted in known or arriving(number - 1):
-            yield stage.act(stage.sums(signal, fitted[number - 1])), whole.act(whole.sums(wanted))
+            return ((ours.start(x[batch]), theirs.start(x[batch])) for batch in batches)
+        stage, whole, pairs = ours.stages[number - 1], theirs.stages[number - 1], known or arriving(number - 1)
+        return ((stage.act(stage.sums(a, fitted[number - 1])), whole.act(whole.sums(b))) for a, b in pairs)
 
     for number, (stage, whole) in enumerate(zip(ours.stages, theirs.stages, strict=True)):
         pairs = arriving(number)
@@ -734,16 +676,12 @@ def repair(
 
 
 def _check_pair(ours: _Chain, theirs: _Chain, images: np.ndarray) -> None:
-    kinds = [[type(layer).__name__ for layer in chain.before] for chain in (ours, theirs)]
-    for kind, chain in zip(kinds, (ours, theirs), strict=True):
-        for stage in chain.stages:
-            kind += [f"Dense{tuple(stage.layer.kernel.shape)}", *(type(layer).__name__ for layer in stage.after)]
+    kinds = [[f"{type(layer).__name__}{[tuple(weight.shape) for weight in layer.weights[:1]]}"
+              for layer in _layers_in_order(chain.network)] for chain in (ours, theirs)]  # fmt: skip
     if kinds[0] != kinds[1]:
         raise ValueError(f"pruned and dense must have the same layers, got {kinds[0]} and {kinds[1]}; shrink later")
     pairs = [(ours.start(images), theirs.start(images))]
-    pairs += [
-        (one.act(_probe(one)), other.act(_probe(one))) for one, other in zip(ours.stages, theirs.stages, strict=True)
-    ]
+    pairs += [(a.act(_probe(a)), b.act(_probe(a))) for a, b in zip(ours.stages, theirs.stages, strict=True)]
     if not all(np.allclose(*map(ops.convert_to_numpy, pair), atol=1e-6) for pair in pairs):
         raise ValueError("pruned and dense must have the same activations; theirs turn the same numbers into others")
     zeros = [[stage.weights()[0] == 0 for stage in chain.stages] for chain in (ours, theirs)]
@@ -764,34 +702,36 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
     exact = (alive[:, units] == alive[:, units][:, :1]).all()
     gram, cross, most = 0.0, 0.0, 0.0
     for signal, wanted in pairs:
-        wanted, missing, signal = _rows(whole.sums(wanted)), _rows(stage.sums(signal)), _rows(signal)
-        missing = wanted - missing
+        wanted = _rows(whole.sums(wanted))
+        missing, signal = wanted - _rows(stage.sums(signal)), _rows(signal)
         signal, powers = _near_one(ops.concatenate([signal, ops.ones_like(signal[:, : len(own) - 1])], axis=1))
-        arrays = (signal, missing)
-        if exact:  # in float64, because duplicated inputs leave only the ridge to divide by
-            arrays = [ops.convert_to_numpy(each).astype(np.float64) for each in arrays]
-        products = [ops.convert_to_numpy(ops.matmul(ops.transpose(arrays[0]), each)) for each in arrays]
-        gram, cross = gram + np.outer(powers, powers) * products[0], cross + powers[:, None] * products[1]
         most = np.maximum(most, [ops.convert_to_numpy(ops.max(ops.abs(each), axis=0)) for each in (missing, wanted)])
+        if exact:  # in float64, because duplicated inputs leave only the ridge to divide by
+            signal, missing = (ops.convert_to_numpy(each).astype(np.float64) for each in (signal, missing))
+            squares, mixed = signal.T @ signal, signal.T @ missing
+        else:
+            both = (ops.matmul(ops.transpose(signal), each) for each in (signal, missing))
+            squares, mixed = map(ops.convert_to_numpy, both)
+        gram, cross = gram + np.outer(powers, powers) * squares, cross + powers[:, None] * mixed
     size = np.sqrt(np.diagonal(gram))
-    rows, columns = np.flatnonzero(size > 0), np.flatnonzero(units & (most[0] > 1e-5 * most[1]))  # more than rounding
+    rows = np.flatnonzero((size > 0) & alive.any(axis=1))
+    columns = np.flatnonzero(units & (most[0] > 1e-5 * most[1]))  # what is missing is more than rounding
     if rows.size and columns.size:
         place, scale = np.ix_(rows, columns), size[rows][:, None]
-        gram, cross = gram[np.ix_(rows, rows)] / (scale * scale.T), cross[place] / scale * alive[place]
+        gram, cross = gram[np.ix_(rows, rows)] / (scale * scale.T), cross[place] / scale
         if exact:
             gram[np.diag_indices_from(gram)] += max(ridge, 4 * np.finfo(float).eps * len(gram))
             change = scipy.linalg.solve(gram, cross, assume_a="pos")
         else:
-            change = _conjugate_gradients(gram, cross, alive[place], ridge, stage.layer.name)
-        weights[place] += alive[place] * change / scale
+            change = _conjugate_gradients(gram, cross * alive[place], alive[place], ridge, stage.layer.name)
+        weights[place] += change / scale
     return [part.astype(old.dtype) for part, old in zip((weights[:inputs], weights[-1]), own, strict=False)]
 
 
-def _conjugate_gradients(
-    gram, cross, alive, ridge: float, name: str, share: float = 1e-3, limit: int = 300
-) -> np.ndarray:
-    """Solve (gram + ridge) · u = cross for all columns, each within its own `alive` rows (Hestenes and Stiefel 1952)."""
-    gram, cross, alive = (ops.convert_to_tensor(array, "float32") for array in (gram, cross, alive))
+def _conjugate_gradients(gram, cross, alive, ridge: float, name: str, share: float = 1e-3, limit: int = 300):
+    """Solve (gram + ridge) · u = cross for all columns, each within its own `alive` rows (Hestenes, Stiefel 1952)."""
+    scale = np.maximum(np.abs(cross).max(axis=0), 1e-300)
+    gram, cross, alive = (ops.convert_to_tensor(array, "float32") for array in (gram, cross / scale, alive))
     solution, residual, direction, power = ops.zeros_like(cross), cross, cross, ops.sum(ops.square(cross), axis=0)
     enough = share**2 * power
     for step in range(limit):
@@ -805,8 +745,6 @@ def _conjugate_gradients(
         power, previous = ops.where(going, ops.sum(ops.square(residual), axis=0), power), power
         direction = ops.where(going, residual + ops.divide_no_nan(power, previous) * direction, 0.0)
     if late := int(ops.sum(ops.cast(power > enough, "int32"))):
-        warnings.warn(
-            f"repair of layer {name!r} stopped early for {late} of its units; a larger ridge helps", stacklevel=4
-        )
+        warnings.warn(f"repair of layer {name!r} stopped before {late} units were done; raise ridge", stacklevel=4)
     harm = ops.sum(solution * (ops.matmul(gram, solution) - 2 * cross), axis=0) > 0  # further from dense than before
-    return ops.convert_to_numpy(ops.where(harm, 0.0, solution)).astype(np.float64)
+    return ops.convert_to_numpy(ops.where(harm, 0.0, solution)) * scale

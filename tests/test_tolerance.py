@@ -1,7 +1,6 @@
 """The comparison that conftest.py gives to nbval: by hand first, then through a real run of nbval."""
 
 import copy
-import operator
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import pytest
 from conftest import ToleratedText
 from nbclient import NotebookClient
 
-TABLE = """\
-method     sparsity    accuracy
+TABLE = """method     sparsity    accuracy
 ------------------------------
 norm         90 %    91.0 ± 2.7
 random       90 %    35.2 ± 5.1
@@ -25,18 +23,17 @@ HTML = "<tr><th>norm</th><td>90 %</td><td>91.0 ± 2.7</td></tr>"
 
 def equal(first: str, second: str) -> bool:
     """Compare both ways, and with `!=`, which is what nbval uses."""
-    answers = {ToleratedText(first) == ToleratedText(second), ToleratedText(second) == ToleratedText(first)}
-    assert answers == {not operator.ne(ToleratedText(first), ToleratedText(second))}
-    return answers.pop()
+    first, second = ToleratedText(first), ToleratedText(second)
+    different, *equal = first != second, first == second, second == first
+    assert equal == [not different] * 2
+    return not different
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("91.0 ± 2.7", "91.0 ± 2.7"),
         ("91.0 ± 1.0", "97.1 ± 1.0"),  # 3 (1 + 1) + 0.1
         ("91.0 ± 0.0", "91.1 ± 0.0"),  # one unit of the last digit
-        ("91.00 ± 0.00", "91.01 ± 0.00"),
         ("91 ± 0", "92 ± 0"),
         ("91.0 ± 0.1", "91.9 ± 0.2"),  # 0.9 <= 3 (0.1 + 0.2) + 0.1
         ("-0.1 ± 0.1", "0.2 ± 0.1"),
@@ -62,28 +59,21 @@ def test_equal(first, second):
         ("91.0 ± 1.0", "97.2 ± 1.0"),
         ("91.0 ± 0.0", "91.2 ± 0.0"),
         ("91.0 ± 2.7", "64.0 ± 2.7"),  # ten times its ±
-        ("91.0 ± 2.7", "118.0 ± 2.7"),
         ("1.0 ± 0.1", "-1.0 ± 0.1"),
         ("1,234 ± 1", "2,234 ± 1"),
         ("91.0 ± 2.7", "91.00 ± 2.7"),  # another number of digits
         ("91.0 ± 2.7", "91.0 ± 2.70"),
-        ("91.0 ± 2.7", "91.0"),
-        ("91.0 ± 2.7", "91.0 2.7"),
         ("91.0 ± 2.7", "91.0 ± "),
         ("91.0 ± 2.7", "nan ± nan"),
         ("91.0 ± 2.7", "91.0 ± inf"),
-        ("nan ± nan", "91.0 ± 2.7"),
         ("1e-5 ± 1e-6", "2e-5 ± 1e-6"),  # no such notation: compared strictly
         ("1.0 ± 1.0e-9", "1.1 ± 1.0e-9"),
         ("1e-1 ± 2", "1e-2 ± 2"),
         ("1,23 ± 4", "1,29 ± 4"),
-        ("1.0 ± 0.1 2.0 ± 0.1", "1.0 ± 0.1"),
         ("1.0 ± 0.1 2.0 ± 0.1", "2.0 ± 0.1 1.0 ± 0.1"),
         (TABLE, TABLE.replace("accuracy", "loss")),
-        (TABLE, TABLE.replace("random", "taylor")),
         (TABLE, TABLE.replace("random       90 %    35.2 ± 5.1\n", "")),
         (TABLE, TABLE.replace("67", "68")),
-        (TABLE, TABLE.replace("2,384,000", "2,384,001")),
         (TABLE, TABLE.replace("norm         90 %", "norm         95 %")),
         (TABLE, TABLE.replace("\n\n", "\n")),
         (HTML, HTML.replace("norm", "random")),
@@ -98,7 +88,6 @@ def test_compares_with_plain_text_and_with_nothing_else():
     assert ToleratedText("91.0 ± 2.7") == "92.0 ± 2.7"
     assert ToleratedText("91.0 ± 2.7") != "64.0 ± 2.7"
     assert ToleratedText("1") != 1
-    assert ToleratedText("None") != None  # noqa: E711
 
 
 def test_only_text_is_tolerated():
@@ -119,7 +108,6 @@ CELLS = [
 ]
 
 
-@pytest.fixture(scope="module")
 def executed() -> nbformat.NotebookNode:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS], metadata=kernel)
@@ -127,19 +115,15 @@ def executed() -> nbformat.NotebookNode:
 
 
 def falsified(notebook: nbformat.NotebookNode, kind: str, old: str, new: str) -> nbformat.NotebookNode:
-    """Return a copy in which `old`, in outputs of one kind ("text" of a stream or a mime type), is shown as `new`."""
+    """Return a copy in which `old`, in the output of a kind ("text" of a stream or a mime type), is shown as `new`."""
     notebook = copy.deepcopy(notebook)
-    found = 0
-    for output in (output for cell in notebook.cells for output in cell.outputs):
-        place = output.get("data", output)
-        found += old in place.get(kind, "")
-        place.update({kind: place[kind].replace(old, new)} if kind in place else {})
-    assert found == 1
+    places = [output.get("data", output) for cell in notebook.cells for output in cell.outputs]
+    (place,) = (place for place in places if old in place.get(kind, ""))
+    place[kind] = place[kind].replace(old, new)
     return notebook
 
 
 TOLERATED = {
-    "unchanged": ("text", "norm", "norm"),
     "mean_moved_a_little": ("text", "91.0 ± 2.7", "93.0 ± 2.7"),
     "mean_in_a_frame_moved_a_little": ("text/html", "35.2 ± 1.1", "36.0 ± 1.1"),
 }
@@ -152,36 +136,21 @@ FALSIFIED = {
 }
 
 
-def run_nbval(notebook: nbformat.NotebookNode, changes: dict, folder: Path) -> tuple[str, dict]:
-    """Run nbval on a copy of the notebook per change, beside a copy of conftest.py and away from this project.
-
-    One process runs them all, each in its own kernel. Returns its print, and (notebook, cell) -> None or why it failed.
-    """
+def test_nbval_refuses_each_false_output_in_its_cell_and_nothing_else(tmp_path):
+    """One process compares a notebook per change, beside a copy of conftest.py and away from this project."""
+    notebook, changes = executed(), TOLERATED | FALSIFIED
     for name, change in changes.items():
-        nbformat.write(falsified(notebook, *change), folder / f"{name}.ipynb")
-    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
-    (folder / "pytest.ini").write_text("[pytest]\n")
+        nbformat.write(falsified(notebook, *change), tmp_path / f"{name}.ipynb")
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
     options = ["--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "--junitxml=report.xml", "."]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    run = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True)
     outcomes = {}  # from the report: what is printed depends on the terminal and on the variable CI
-    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+    for case in ElementTree.parse(tmp_path / "report.xml").iter("testcase"):
         cell = (Path(case.get("classname")).stem, int(case.get("name").removeprefix("Cell ")))
         outcomes[cell] = next((problem.get("message") for problem in case), None)
-    assert run.returncode == any(outcomes.values()), run.stdout
-    return run.stdout, outcomes
-
-
-def test_nbval_tolerates(executed, tmp_path):
-    printed, outcomes = run_nbval(executed, TOLERATED, tmp_path)
-    assert outcomes == {(name, cell): None for name in TOLERATED for cell in (0, 1)}, printed
-
-
-def test_nbval_refuses(executed, tmp_path):
-    """Each change fails in the cell it was made in, and nowhere else."""
-    printed, outcomes = run_nbval(executed, FALSIFIED, tmp_path)
-    changed = {(name, int(kind == "text/html")) for name, (kind, _, _) in FALSIFIED.items()}
-    assert {cell for cell, problem in outcomes.items() if problem} == changed, printed
-    assert all("Cell outputs differ" in outcomes[cell] for cell in changed)
-    assert len(outcomes) == 2 * len(FALSIFIED)
+    assert set(outcomes) == {(name, cell) for name in changes for cell in (0, 1)}, run.stdout
+    expected = {(name, int(kind == "text/html")) for name, (kind, _, _) in FALSIFIED.items()}
+    assert {cell for cell, problem in outcomes.items() if problem} == expected, run.stdout
+    assert all("Cell outputs differ" in outcomes[cell] for cell in expected)
+    assert run.returncode == 1

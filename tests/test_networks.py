@@ -1,0 +1,374 @@
+"""Networks: which ones can be pruned, what a pruned, repaired or shrunk copy keeps, and what the others are told."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras.layers import Activation, Dense, Dropout, Flatten
+from networks import (
+    CLASSES,
+    INPUTS,
+    as_functional,
+    bits,
+    chain,
+    functional_network,
+    gentle_network,
+    images,
+    predictions,
+    random_network,
+)
+
+import pruning_utils
+from pruning_utils import apply_masks, cost, prunable_layers, prune_neurons, prune_weights, repair, shrink
+
+COPIES = {
+    "pruned by weights": lambda network, x: prune_weights(network, 0.5),
+    "pruned by neurons": lambda network, x: prune_neurons(network, 0.5),
+    "shrunk": lambda network, x: shrink(prune_neurons(network, 0.5)),
+    "repaired": lambda network, x: repair(prune_neurons(network, 0.5), network, x),
+}
+every_copy = pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+both_kinds = pytest.mark.parametrize("prune", [prune_weights, prune_neurons])
+
+
+def hidden(function="relu", name="hidden_1", **options):
+    return Dense(12, function, name=name, **options)
+
+
+def network_with(function):
+    """A random network with this function as the activation of its first layer."""
+    network = chain(hidden(function), Dense(8, "relu", name="hidden_2"), Dense(CLASSES, name="logits"))
+    network.set_weights(random_network().get_weights())
+    return network
+
+
+def assert_same_function(one, other, x, **tolerance):
+    np.testing.assert_allclose(predictions(one, x), predictions(other, x), **{"rtol": 1e-5, "atol": 1e-5} | tolerance)
+
+
+# --- What can be pruned -------------------------------------------------------------------------------------------
+
+
+@both_kinds
+def test_functional_and_sequential_networks_are_pruned_and_shrunk_alike(prune):
+    network, (x, y) = random_network(), images()
+    twin = as_functional(network)
+    for criterion in ("activation", "taylor"):
+        pruned, pruned_twin = (prune(each, 0.5, criterion, x=x, y=y) for each in (network, twin))
+        assert bits(pruned) == bits(pruned_twin) and bits(pruned) != bits(network)
+        assert bits(shrink(pruned)) == bits(shrink(pruned_twin)) and cost(pruned) == cost(pruned_twin)
+
+
+@both_kinds
+def test_layers_between_the_dense_ones_change_nothing(prune):
+    plain, network, (x, _) = gentle_network(), functional_network(), images()
+    assert [layer.name for layer in prunable_layers(network)] == ["hidden_1", "hidden_2"]
+    pruned, pictures = prune(network, 0.7), x.reshape(-1, 2, 3)
+    assert bits(pruned) == bits(prune(plain, 0.7))
+    assert_same_function(shrink(pruned), pruned, pictures)
+    assert [type(layer) for layer in shrink(pruned).layers] == [type(layer) for layer in network.layers]
+
+
+@pytest.mark.parametrize("function", ["tanh", "gelu", "silu", lambda t: t * t])
+def test_neurons_can_go_where_the_activation_of_0_is_0(function):
+    pruned, (x, _) = prune_neurons(network_with(function), 0.5), images()
+    assert [layer.units for layer in shrink(pruned).layers] == [6, 4, 4]
+    assert_same_function(shrink(pruned), pruned, x)
+
+
+KEPT_WHOLE = {
+    "not 0 at 0": "sigmoid",
+    "mixes units": "softmax",
+    "mixes units, and 0 at 0": lambda t: t - ops.mean(t, axis=-1, keepdims=True),
+    "mixes units through their order": lambda t: ops.cumsum(t, axis=-1),
+}
+
+
+@pytest.mark.parametrize("function", KEPT_WHOLE.values(), ids=KEPT_WHOLE)
+def test_layers_whose_units_cannot_be_removed_one_by_one_stay_whole(function):
+    network, (x, _) = network_with(function), images()
+    with pytest.raises(ValueError, match=r"neurons of layer 'hidden_1' cannot be removed"):
+        prune_neurons(network, 0.5)
+    assert bits(prune_neurons(network, 0)) == bits(network)
+    for sparsity in (0.5, 0.97, 1.0):
+        pruned = prune_weights(network, sparsity)
+        assert shrink(pruned).layers[0].units == 12
+        assert_same_function(shrink(pruned), pruned, x)
+
+
+# --- What a copy keeps --------------------------------------------------------------------------------------------
+
+
+@every_copy
+def test_a_copy_starts_anew_with_the_initialisers_of_the_original(copy):
+    (x, _), start = images(), keras.initializers
+    network = chain(hidden(kernel_initializer=start.HeNormal(seed=3), bias_initializer=start.Constant(0.5)),
+                    Dense(8, "relu", kernel_initializer="he_normal"), Dense(CLASSES))  # fmt: skip
+    anew, fresh = keras.models.clone_model(copy(network, x)), keras.models.clone_model(network)
+    for layer, original in zip(anew.layers, fresh.layers, strict=True):
+        assert layer.kernel_initializer.get_config() == original.kernel_initializer.get_config()
+        assert np.count_nonzero(layer.get_weights()[0]) == layer.kernel.shape[0] * layer.units
+    assert (anew.layers[0].get_weights()[1] == 0.5).all()
+    assert anew.layers[0].units != 12 or bits(anew)[0] == bits(fresh)[0]
+
+
+def relu(t):  # not the one that Keras means by that name
+    return ops.clip(t, 0, 0.2)
+
+
+def gelu(t):
+    return ops.maximum(t, 0.1 * t)
+
+
+OWN = {
+    "named relu": relu,
+    "named gelu": gelu,
+    "a lambda": lambda t: ops.square(t),
+    "a partial": partial(keras.activations.relu, negative_slope=0.3),
+    "a callable object": SimpleNamespace(act=gelu).act,
+    "an object of Keras": keras.layers.LeakyReLU(0.2),
+}
+
+
+@every_copy
+@pytest.mark.parametrize("function", OWN.values(), ids=OWN)
+def test_a_copy_keeps_the_very_activation_functions(function, copy):
+    network, (x, _) = network_with(function), images()
+    assert_same_function(prune_weights(network, 0), network, x, rtol=0, atol=0)
+    assert copy(network, x).layers[0].activation is network.layers[0].activation
+    between = chain(Dense(12), Activation(function), Dense(CLASSES))
+    assert_same_function(shrink(prune_neurons(between, 0)), between, x, rtol=0, atol=0)
+    assert copy(between, x).layers[1].activation is between.layers[1].activation
+
+
+def test_how_a_network_was_compiled_does_not_matter():
+    network, (x, y) = random_network(), images()
+    expected = bits(prune_neurons(network, 0.5, "taylor", x=x, y=y))
+    network.compile("sgd", lambda y_true, y_pred: ops.mean(y_pred), metrics=[lambda y_true, y_pred: ops.mean(y_pred)])
+    pruned = prune_neurons(network, 0.5, "taylor", x=x, y=y)
+    assert bits(pruned) == expected and not pruned.compiled
+    assert bits(repair(pruned, network, x)) != expected and shrink(pruned).layers[0].units == 6
+
+
+class OwnSequential(keras.Sequential):
+    pass
+
+
+class OwnModel(keras.Model):
+    pass
+
+
+def own_sequential(start):
+    return OwnSequential([start, Flatten(), hidden(), Dense(CLASSES)], name="own")
+
+
+def own_model(start):
+    return OwnModel(start, Dense(CLASSES)(Dropout(0.5)(hidden()(Flatten()(start)))), name="own")
+
+
+def named_input(start):
+    return keras.Model({"picture": start}, Dense(CLASSES)(hidden()(Flatten()(start))), name="own")
+
+
+def listed(start):
+    return keras.Model([start], [Dense(CLASSES)(hidden()(Flatten()(start)))], name="own")
+
+
+@every_copy
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+@pytest.mark.parametrize("build", [own_sequential, own_model, named_input, listed])
+def test_a_copy_keeps_class_names_structure_and_input_signature(build, dtype, copy):
+    network = build(keras.Input((2, 3), batch_size=5, dtype=dtype, name="picture"))
+    x = np.random.default_rng(0).integers(0, 255, (5, 2, 3)).astype(dtype)
+    found, before = copy(network, x), bits(network)
+    assert type(found) is type(network) and found.name == network.name
+    assert [(type(layer), layer.name) for layer in found.layers] == [(type(a), a.name) for a in network.layers]
+    assert [(t.shape, t.dtype, t.name) for t in found.inputs] == [(t.shape, t.dtype, t.name) for t in network.inputs]
+    given = {"picture": x} if build is named_input else x
+    wanted, same, other = (each(given, training=False) for each in (network, prune_weights(network, 0), found))
+    keras.tree.assert_same_structure(wanted, other)
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(keras.tree.flatten(each)[0]) for each in (wanted, same)))
+    assert bits(network) == before
+
+
+@every_copy
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float16", "float64"])
+def test_a_copy_keeps_dtype_policies_and_what_is_trainable(policy, copy):
+    layers = [hidden(dtype=policy, trainable=False), Dense(8, "relu", dtype=policy), Dense(CLASSES, dtype="float32")]
+    network, (x, _) = chain(*layers), images()
+    for layer, original in zip(copy(network, x).layers, network.layers, strict=True):
+        assert layer.dtype_policy.name == original.dtype_policy.name and layer.trainable == original.trainable
+        assert layer.kernel.dtype == original.kernel.dtype and layer.get_config()["name"] == original.name
+
+
+@every_copy
+def test_a_copy_can_be_saved_and_loaded(copy, tmp_path):
+    found, (x, _) = copy(as_functional(random_network()), images()[0]), images()
+    found.save(tmp_path / "network.keras")
+    assert_same_function(keras.models.load_model(tmp_path / "network.keras"), found, x, rtol=0, atol=0)
+
+
+# --- Layers of one's own ------------------------------------------------------------------------------------------
+
+
+class Scaled(Dense):
+    """Computes what a Dense layer computes, but has a setting more."""
+
+    def __init__(self, units, factor=2.0, **options):
+        super().__init__(units, **options)
+        self.factor = factor
+
+
+class Forgetful(Scaled):
+    """Does not keep one of its settings."""
+
+    def __init__(self, units, secret=1, **options):
+        super().__init__(units, **options)
+
+
+Impostor = type("Dense", (Scaled,), {"call": lambda self, inputs: super(Impostor, self).call(inputs) + 1})
+FakeReLU = type("ReLU", (keras.layers.Layer,), {"call": lambda self, inputs: inputs + 1})
+
+
+@pytest.mark.parametrize("odd", [lambda: Impostor(12, name="odd"), lambda: FakeReLU(name="odd")])
+def test_a_layer_of_ones_own_does_not_pass_by_its_name(odd):
+    with pytest.raises(TypeError, match=r"layer 'odd' is a (Dense|ReLU), which is not supported"):
+        prune_weights(chain(Dense(12), odd(), Dense(CLASSES)), 0.5)
+
+
+@every_copy
+def test_a_layer_of_ones_own_is_supported_once_it_says_so_and_keeps_its_settings(copy, monkeypatch):
+    monkeypatch.setattr(pruning_utils, "SUPPORTED", {*pruning_utils.SUPPORTED, Scaled})
+    network, (x, _) = chain(Scaled(12, 3.0, activation="relu"), Dense(CLASSES)), images()
+    found = copy(network, x).layers[0]
+    assert type(found) is Scaled and found.factor == 3.0 and np.count_nonzero(found.kernel) == 36
+
+
+def test_a_layer_of_ones_own_that_cannot_be_copied_is_named(monkeypatch):
+    monkeypatch.setattr(pruning_utils, "SUPPORTED", {*pruning_utils.SUPPORTED, Forgetful})
+    with pytest.raises(TypeError, match=r"'odd'.* must keep .*'secret'"):
+        prune_weights(chain(Forgetful(12, name="odd"), Dense(CLASSES)), 0.5)
+
+
+# --- What other networks are told ---------------------------------------------------------------------------------
+
+ENTRANCES = [prunable_layers, shrink, cost, lambda network: prune_weights(network, 0.5)]
+by_every_entrance = pytest.mark.parametrize(
+    "call", ENTRANCES, ids=["prunable_layers", "shrink", "cost", "prune_weights"]
+)
+
+
+def functional(connect, inputs=1):
+    starts = [keras.Input((INPUTS,)) for _ in range(inputs)]
+    return keras.Model(starts if inputs > 1 else starts[0], connect(*starts), name="mine")
+
+
+def quantised():
+    network = random_network()
+    network.quantize("int8")
+    return network
+
+
+def with_lora():
+    network = random_network()
+    network.layers[0].enable_lora(2)
+    return network
+
+
+UNSUPPORTED = {
+    "Conv2D": lambda: chain(keras.layers.Conv2D(2, 3, name="odd"), Flatten(), Dense(4), Dense(4), inputs=(8, 8, 1)),
+    "BatchNormalization": lambda: chain(Dense(4), keras.layers.BatchNormalization(name="odd"), Dense(4)),
+    "Sequential": lambda: chain(keras.Sequential([Dense(4)], name="odd"), Dense(4), Dense(4)),
+    "Add": lambda: functional(lambda x: Dense(4)(keras.layers.Add(name="odd")([Dense(6)(x), x]))),
+    "Multiply": lambda: functional(lambda x: Dense(4)(ops.multiply(Dense(4)(x), 2))),
+    "Dense, quantised": quantised,
+    "Dense, quantised.*LoRA": with_lora,
+}
+
+
+@by_every_entrance
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_an_unsupported_layer_is_named(kind, call):
+    with pytest.raises(TypeError, match=rf"layer '(odd|multiply\w*|hidden_1)' is a {kind}.*not supported"):
+        call(UNSUPPORTED[kind]())
+
+
+def shared(x):
+    layer = Dense(6, name="twice")
+    return Dense(4)(layer(layer(x)))
+
+
+def one_layer_twice_in_a_sequence():
+    layer = Dense(6, name="twice")
+    return chain(layer, layer, Dense(4))
+
+
+NO_CHAINS = {
+    "not built": (lambda: keras.Sequential([Dense(4), Dense(4)], name="mine"), "'mine' is not built"),
+    "only one": (lambda: chain(Dense(4, name="only")), "needs a hidden layer.*'only'"),
+    "none": (lambda: chain(Flatten()), "needs a hidden layer"),
+    "shared": (lambda: functional(shared), "not a chain.*'twice'"),
+    "twice": (one_layer_twice_in_a_sequence, "not a chain.*'twice'"),
+    "alike": (lambda: functional(lambda x: Dense(4)(Dense(6, name="a")(Dense(6, name="a_")(x)))), ""),
+    "two outputs": (lambda: functional(lambda x: [Dense(4)(Dense(4)(x)), Dense(4)(x)]), "not a chain"),
+    "a dictionary": (lambda: functional(lambda x: {"out": Dense(4)(Dense(4)(x))}), "not a chain.*one output"),
+    "an output halfway": (lambda: functional(lambda x: (y := Dense(4)(x), Dense(4)(y))), "not a chain.*one output"),
+    "two inputs": (lambda: functional(lambda x, z: Dense(4)(Dense(4)(x)), 2), "not a chain.*one input"),
+    "flattened": (lambda: chain(Dense(4, name="first"), Flatten(), Dense(4, name="second"), inputs=(5, 6)),
+                  "'first' has 4 units, but 'second' takes 20"),
+}  # fmt: skip
+
+
+@by_every_entrance
+@pytest.mark.parametrize("kind", NO_CHAINS)
+def test_what_is_no_built_chain_with_a_hidden_layer_is_refused(kind, call):
+    build, message = NO_CHAINS[kind]
+    network = build()
+    if kind == "alike":
+        network.layers[1].name, message = "a", r"not a chain.*named alike: \['a'\]"
+    with pytest.raises(ValueError, match=message):
+        call(network)
+
+
+class WithItsOwnCall(keras.Model):
+    def call(self, x):
+        return x
+
+
+@pytest.mark.parametrize("thing", [WithItsOwnCall(), "network", None, Dense(3)])
+def test_what_is_no_network_of_layers_is_refused_by_its_type(thing):
+    with pytest.raises(TypeError, match=f"Sequential or a functional network, got {type(thing).__name__}"):
+        prune_weights(thing, 0.5)
+
+
+def test_a_functional_network_with_a_call_of_its_own_is_refused():
+    network = as_functional(random_network())
+    network.__class__ = type("Doubled", (WithItsOwnCall, type(network)), {})
+    with pytest.raises(TypeError, match="Doubled has a `call` of its own"):
+        prune_weights(network, 0.5)
+
+
+REFUSES_NAN = {
+    "scores": lambda network, x: pruning_utils.neuron_scores(network, "random", seed=0),
+    "apply_masks": lambda network, x: apply_masks(network, {}),
+    "prunable_layers": lambda network, x: prunable_layers(network),
+    "shrink": lambda network, x: shrink(network),
+    "cost": lambda network, x: cost(network),
+    "outputs": lambda network, x: pruning_utils.outputs(network, x),
+    "repair": lambda network, x: repair(network, random_network(), x),
+    "repair by it": lambda network, x: repair(random_network(), network, x),
+}
+
+
+@pytest.mark.parametrize("call", REFUSES_NAN.values(), ids=REFUSES_NAN)
+def test_a_network_with_nan_or_infinite_weights_is_refused_by_the_name_of_the_layer(call):
+    for position, name, value in ((0, "hidden_1", np.nan), (3, "hidden_2", -np.inf), (4, "logits", np.inf)):
+        network = random_network()
+        weights = network.get_weights()
+        weights[position].flat[1] = value
+        network.set_weights(weights)
+        with pytest.raises(ValueError, match=f"{name!r} holds NaN or inf"):
+            call(network, images()[0])
