@@ -1,23 +1,36 @@
 # Two commands: `make study` runs every notebook on the real data, `make test` runs every test. `make bench` compares speed.
 # Both create .venv first if it is missing or the list of dependencies has changed.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+CODE := pruning_utils.py notebooks/study.py notebooks/training.py
+# A notebook is run again if it or the code has changed since its stamp.
+DONE := $(patsubst notebooks/%.ipynb,data/cache/%.done,$(sort $(wildcard notebooks/[0-9]*.ipynb)))
+TRAINED := data/cache/01_training.done
+TIMED := data/cache/06_speed.done
 export TQDM_DISABLE ?= 1
 
 .PHONY: study test lab bench
 .DELETE_ON_ERROR:
 
 study: .venv/study
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=1800 \
-		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) $(DONE)
+	@echo "All notebooks have run. Read README.md first, then notebooks/ in their order: make lab"
+
+$(DONE): data/cache/%.done: notebooks/%.ipynb $(CODE)
+	@mkdir -p data/cache
+	@$(BIN)/python notebooks/run.py $<
+	@touch $@
+
+$(filter-out $(TRAINED),$(DONE)): $(TRAINED)
+$(TIMED): $(filter-out $(TIMED),$(DONE)) # it measures time: alone
 
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest tests
-	KERAS_BACKEND=jax $(BIN)/pytest tests/test_pruning.py tests/test_repair.py tests/test_training.py
-	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=900 notebooks
+	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile tests
+	KERAS_BACKEND=jax $(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(addprefix tests/test_,masks.py scores.py networks.py shrink.py repair.py)
+	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 
 lab: export TQDM_DISABLE =
 lab: .venv/study
@@ -30,14 +43,14 @@ bench: .venv-bench/ready
 	$(PYTHON) -m venv .venv
 
 .venv/study: pyproject.toml constraints.txt | .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deploy]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study,deploy]'
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deploy,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study,deploy,test]'
 	touch $@ .venv/study
 
 .venv-bench/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable '.[study,bench]'
 	touch $@

@@ -11,22 +11,15 @@ predicts the same. The script ends with an error if that is less than 99.9 %. Wi
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 import numpy as np
 
-from pruning_utils import (
-    SPARSITIES,
-    accuracy,
-    device,
-    load_dataset,
-    prune_neurons,
-    prune_weights,
-    repair,
-    shrink,
-    sweep,
-    train_networks,
-)
+from pruning_utils import prune_neurons, prune_weights, repair, shrink
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "notebooks"))
+from study import SPARSITIES, Trained, accuracy, device, load_dataset, sweep, train_networks
 
 AGREE, EPOCHS = 0.999, 3
 
@@ -49,26 +42,29 @@ def timed(run: Callable) -> tuple[object, float]:
     return run(), time.perf_counter() - start
 
 
-def training(data, counts: list[int]) -> tuple[keras.Model, list[str]]:
+def training(data, counts: list[int]) -> tuple[Trained, list[str]]:
     """Train so many networks side by side; what is not the seconds of an epoch is building and compiling."""
     rows = []
     for count in counts:
         settings = {"dataset": data, "seeds": range(count), "side_by_side": count, "cache": None}
         _, short = timed(lambda settings=settings: train_networks(**settings, epochs=1))
-        (networks, _), long = timed(lambda settings=settings: train_networks(**settings, epochs=EPOCHS))
+        (trained, _), long = timed(lambda settings=settings: train_networks(**settings, epochs=EPOCHS))
         epoch = (long - short) / (EPOCHS - 1)
         rows.append(f"| training, {count} side by side, per epoch of all | {short - epoch:.1f} | {epoch:.2f} |")
         rows.append(f"| the same, per network and epoch | | {epoch / count:.2f} |")
-    return networks[0], rows
+    return trained[0], rows
 
 
 def main() -> None:
     data = load_dataset("mnist")
-    network, times = training(data, [int(count) for count in sys.argv[1:]] or [5, 20])
-    x, checks = data.x_train[:3000], {"dense": network}
+    trained, times = training(data, [int(count) for count in sys.argv[1:]] or [5, 20])
+    network, x = trained.network, data.x_train[:3000]
+    checks = {"dense": network}
     for what, prune in {"weights": prune_weights, "neurons": prune_neurons}.items():
         jobs = {
-            f"sweep of {what}, {len(SPARSITIES)} sparsities": lambda prune=prune: sweep([network], data, {"": prune}),
+            f"sweep of {what}, {len(SPARSITIES)} sparsities": lambda prune=prune: sweep(
+                [trained], {"": prune}, cache=None
+            ),
             f"repair without 80 % of the {what}, 3,000 images": lambda prune=prune: repair(
                 prune(network, 0.8), network, x
             ),
