@@ -6,8 +6,9 @@ import tracemalloc
 import numpy as np
 import torch
 from bench_tools import against, hand_over, measured
+from study import time_in_turn
 
-from pruning_utils import keep_masks, time_in_turn
+from pruning_utils import keep_masks
 
 
 def plain_mask(scores: np.ndarray, threshold: float) -> np.ndarray:

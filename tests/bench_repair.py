@@ -2,39 +2,42 @@
 
 import functools
 import multiprocessing
+import resource
 import threading
-import time
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
-import psutil
 from bench_tools import hand_over, measured
+from study import load_dataset, relu_network
 
-from pruning_utils import load_dataset, prune_neurons, prune_weights, relu_network, repair
+from pruning_utils import prune_neurons, prune_weights, repair
 
 WIDTHS, COUNTS = (250, 500, 1000, 2000, 4000), (1000, 3000, 10_000)
 METHODS = {"neurons": prune_neurons, "weights": prune_weights}
 
 
+def resident() -> int:
+    """Return the bytes of memory that this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def memory_on_top(run: Callable) -> float:
     """Return by how many MB the process grew at most while `run` ran, looking every 5 ms."""
-    process, stop = psutil.Process(), threading.Event()
-    start = most = process.memory_info().rss
+    start, sizes, done = resident(), [], threading.Event()
 
     def watch():
-        nonlocal most
-        while not stop.is_set():
-            most = max(most, process.memory_info().rss)
-            time.sleep(0.005)
+        while not done.wait(0.005):
+            sizes.append(resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     run()
-    stop.set()
+    done.set()
     watcher.join()
-    return (most - start) / 1e6
+    return (max(sizes, default=start) - start) / 1e6
 
 
 def repair_once(what: str, width: int, count: int) -> tuple[float, float]:

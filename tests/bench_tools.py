@@ -1,9 +1,13 @@
-"""What the benchmarks share: the rows of the table they fill."""
+"""What the benchmarks share: where the study is, and the rows of the table they fill."""
 
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
+
+sys.path.append(str(Path(__file__).parent.parent / "notebooks"))  # where study.py is
 
 MARK = "benchmark rows: "
 

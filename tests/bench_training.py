@@ -12,8 +12,7 @@ import numpy as np
 import tensorflow as tf
 import torch
 from bench_tools import against, hand_over, measured
-
-from pruning_utils import HIDDEN, load_dataset, relu_network, time_in_turn, train_networks
+from study import HIDDEN, load_dataset, relu_network, time_in_turn, train_networks
 
 WIDTHS = (784, *HIDDEN, 10)
 BATCH, STEPS = 128, 468  # whole batches of an epoch
@@ -60,7 +59,7 @@ def pytorch_loop():
         layers += [torch.nn.Linear(inputs, units, bias=False), torch.nn.ReLU()]
     network = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTHS[-2], 10))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train.astype(np.int64))
+    x, y = torch.tensor(data.x_train), torch.from_numpy(data.y_train.astype(np.int64))
 
     def epoch():
         for rows in torch.from_numpy(order):
