@@ -493,7 +493,7 @@ def apply_masks(network: Model, masks: Arrays) -> Model:
         if mask.ndim == 1 and not mask.all() and not _removable(stages[name]):
             raise ValueError(f"neurons of layer {name!r} cannot be removed: their activation is not 0 at 0, or mixed")
         masked = 2 if mask.ndim == 1 else 1  # the bias goes with its unit
-        weights[name][:masked] = [ops.where(mask, weight, 0) for weight in weights[name][:masked]]
+        weights[name][:masked] = [ops.where(mask, ops.convert_to_tensor(w), 0) for w in weights[name][:masked]]
     return _rebuild(network, weights)
 
 
