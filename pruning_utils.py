@@ -46,7 +46,7 @@ class _Stage(NamedTuple):
     def sums(self, inputs, weights: list | None = None):
         """Return the pre-activations, in float32 at least, for the layer's own or other `weights`."""
         kernel, *bias = (ops.stop_gradient(_wide(weight)) for weight in weights or self.layer.weights)
-        return ops.matmul(inputs, kernel) + (bias[0] if bias else 0.0)
+        return ops.add(ops.matmul(inputs, kernel), bias[0] if bias else 0.0)
 
     def act(self, sums):
         """Return what the next Dense layer receives for these pre-activations."""
@@ -96,8 +96,9 @@ def prunable_layers(network: Model) -> list[Dense]:
 
 def _take_apart(network: Model, check: bool = False) -> _Chain:
     """Return a network's layers as a chain; `check` looks at all weights, once per call of a public function."""
-    chain, shape = _Chain(network, [], []), network.inputs[0].shape
-    for layer in _layers_in_order(network):
+    layers, chain = _layers_in_order(network), _Chain(network, [], [])
+    shape = network.inputs[0].shape
+    for layer in layers:
         shape, stages = layer.compute_output_shape(shape), chain.stages
         if not isinstance(layer, Dense):
             (stages[-1].after if stages else chain.before).append(layer)
@@ -242,7 +243,7 @@ def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterio
     if "x" in data:
         data["x"] = _images(network, data["x"])
     if "y" in data:
-        data["y"] = _labels(chain, data["x"], data["y"])
+        data["y"] = _labels(chain, data.get("x", data["y"]), data["y"])
     found = [np.asarray(score) for score in criteria[criterion](network, **data)]
     shapes = [tuple(stage.layer.kernel.shape)[kind == "neuron" :] for stage in chain.stages[:-1]]
     if [score.shape for score in found] != shapes:
@@ -286,13 +287,12 @@ def _neuron_reconstruction(network, x) -> list[np.ndarray]:
 def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:
     """Rank units by orthogonal matching pursuit: always take the one that most reduces the error of what comes next.
 
-    gram: (units, units) of a layer's outputs; kernel: (units, next units); ridge: as a share of each unit's own square.
-    Returns, per unit, the share of the next layer's squared pre-activations that least squares cannot explain from the
-    units taken before it: 1 for the first.
+    gram: (units, units) of a layer's outputs; kernel: (units, next units); ridge: a share of the mean unit's energy.
+    Returns, per unit, the share of the next layer's squared sums that those taken before cannot explain: first 1.
     """
-    size = np.sqrt(gram.diagonal())
-    size[size == 0] = 1.0
-    gram, kernel = gram / np.outer(size, size), kernel.astype(np.float64) * size[:, None]
+    size = np.linalg.norm(kernel.astype(np.float64), axis=1)  # in units of what it sends on, its own scale cancels out
+    gram, kernel = gram * np.outer(size, size), kernel / np.where(size > 0, size, 1.0)[:, None]
+    gram /= gram.trace() / len(gram) or 1.0
     cross = gram @ kernel
     energy = total = np.sum(kernel * cross)
     if not np.isfinite(total):
@@ -484,9 +484,8 @@ def apply_masks(network: Model, masks: Arrays) -> Model:
     weights = {stage.layer.name: list(stage.layer.weights) for stage in chain.stages}
     for name, mask in masks.items():
         _choice("prunable layer", name, stages)
-        shape = tuple(weights[name][0].shape)
+        shape, kind = tuple(weights[name][0].shape), getattr(mask, "dtype", type(mask).__name__)
         if not isinstance(mask, np.ndarray) or mask.dtype != bool:
-            kind = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of layer {name!r} must be a boolean NumPy array (True = kept), got {kind}")
         if mask.shape not in (shape, shape[1:]):
             raise ValueError(f"the mask of layer {name!r} has shape {mask.shape}; allowed: {shape} or {shape[1:]}")
@@ -508,7 +507,6 @@ def _rebuild(network: Model, weights: Mapping[str, list]) -> Model:
         end = start
         for layer in layers:
             end = layer(end)
-        # Structures, because the input may be named in a dictionary, and the output in a list.
         ends = keras.tree.map_structure(lambda _: end, network._outputs_struct)
         copy = Model(keras.tree.map_structure(lambda _: start, network._inputs_struct), ends, name=network.name)
     copy.__class__ = type(network)
@@ -519,10 +517,7 @@ def _rebuild(network: Model, weights: Mapping[str, list]) -> Model:
 
 
 def _again(layer: keras.layers.Layer, weights: list | None) -> keras.layers.Layer:
-    """Return an unbuilt layer of the same settings, read from attributes, that will start with these weights.
-
-    In a layer's configuration a function is only a name. Drawing random numbers first would take longer.
-    """
+    """Return an unbuilt layer that starts with these weights; settings from attributes: a config only names functions."""
     kinds = type(layer).__mro__[: type(layer).__mro__.index(keras.layers.Layer)]
     specs = [inspect.getfullargspec(kind.__init__) for kind in kinds]
     settings = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
@@ -569,7 +564,7 @@ def shrink(network: Model) -> Model:
 def outputs(network: Model, x: np.ndarray) -> np.ndarray:
     """Return the outputs for images `x` (n, ...) as a NumPy array: those of `shrink(network)`, without building it.
 
-    In float32 at least; for measuring many networks once each. Raises what `prunable_layers` and `neuron_scores` do.
+    In float32 at least, for measuring many networks. Raises what `prunable_layers` and, for images, `neuron_scores` do.
     """
     chain, x, parts = _take_apart(network, check=True), _images(network, x), []
     weights = [[_wide(weight) for weight in own] for own in _live_weights(chain).values()]
@@ -613,8 +608,7 @@ def cost(network: Model) -> dict:
     """Return what is left of a network and what it costs.
 
     weights_left: non-zero kernel entries of the prunable layers that can still influence the output; units_left: layer
-    name -> units that can; multiply_adds: per image, and bytes: of all parameters, both of the shrunk network. A layer
-    on sequences is computed at every position; an open length counts as one.
+    name -> units that can; multiply_adds: per image (an open length counts as one), and bytes: of the shrunk network.
     """
     chain = _take_apart(network, check=True)
     live, left, units, multiply_adds, size = _live_units(chain), 0, {}, 0, 0
@@ -642,15 +636,14 @@ def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_siz
     and, in a layer that lost single weights, all zeros. The output layer is refitted too: nothing of it was pruned, but
     its inputs have changed. No labels, no gradients; a few thousand training images are enough.
 
-    ridge: weight of the distance to the pruned weights, in (0, 1e12], as a fraction of each input's own mean square. It
-    is greater than 0, so that dead or duplicated inputs and few images do no harm: what the images do not determine
-    stays as it was. Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single
-    weights every unit has a problem of its own: conjugate gradients solve all of them side by side until 0.1 % of each
-    right-hand side is left, and a `UserWarning` names a layer where that does not happen.
-    batch_size: images per forward pass; memory depends on it and not on the number of images.
+    ridge: how strongly weights are held to the pruned ones, as a fraction of the energy that the mean input sends on,
+    in (0, 1e12]. Dead or duplicated inputs and few images do no harm: what images do not determine stays as it was.
+    Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single weights every unit
+    has its own problem: conjugate gradients solve all side by side until 0.1 % of each right-hand side is left, and a
+    `UserWarning` names a layer where that does not happen. batch_size: images per forward pass; it bounds memory.
 
-    `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of
-    different layers or activations, exchanged arguments or a ridge or batch size out of range, and what `outputs` does.
+    `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of other
+    layers or activations, exchanged arguments, or a ridge or batch size out of range, and what `outputs` raises.
     """
     ours, theirs, x = _take_apart(pruned, check=True), _take_apart(dense, check=True), _images(pruned, x)
     _check_pair(ours, theirs, x[:3])
@@ -713,23 +706,30 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
             both = (ops.matmul(ops.transpose(signal), each) for each in (signal, missing))
             squares, mixed = map(ops.convert_to_numpy, both)
         gram, cross = gram + np.outer(powers, powers) * squares, cross + powers[:, None] * mixed
-    size = np.sqrt(np.diagonal(gram))
-    rows = np.flatnonzero((size > 0) & alive.any(axis=1))
+    # What holds an input is the share of its outputs' energy that the mean input sends: scales of inputs and outputs
+    # cancel out. The bias is held by its own energy.
+    energy, squares = gram.diagonal(), target[:inputs] ** 2
+    sent = squares @ (1 / np.maximum(energy[:inputs] @ squares, 1e-300)) * (energy[:inputs] > 0)
+    strength = energy.copy()
+    strength[:inputs][sent > 0] = np.mean((energy[:inputs] * sent)[sent > 0]) / sent[sent > 0] if sent.any() else 0
+    rows = np.flatnonzero((energy > 0) & alive.any(axis=1))
     columns = np.flatnonzero(units & (most[0] > 1e-5 * most[1]))  # what is missing is more than rounding
     if rows.size and columns.size:
-        place, scale = np.ix_(rows, columns), size[rows][:, None]
-        gram, cross = gram[np.ix_(rows, rows)] / (scale * scale.T), cross[place] / scale
+        place = np.ix_(rows, columns)
+        gram = gram[np.ix_(rows, rows)] + np.diag(ridge * strength[rows])
+        scale = np.sqrt(gram.diagonal())[:, None]
+        gram, cross = gram / (scale * scale.T), cross[place] / scale
         if exact:
-            gram[np.diag_indices_from(gram)] += max(ridge, 4 * np.finfo(float).eps * len(gram))
+            gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
             change = scipy.linalg.solve(gram, cross, assume_a="pos")
         else:
-            change = _conjugate_gradients(gram, cross * alive[place], alive[place], ridge, stage.layer.name)
+            change = _conjugate_gradients(gram, cross * alive[place], alive[place], stage.layer.name)
         weights[place] += change / scale
     return [part.astype(old.dtype) for part, old in zip((weights[:inputs], weights[-1]), own, strict=False)]
 
 
-def _conjugate_gradients(gram, cross, alive, ridge: float, name: str, share: float = 1e-3, limit: int = 300):
-    """Solve (gram + ridge) · u = cross for all columns, each within its own `alive` rows (Hestenes, Stiefel 1952)."""
+def _conjugate_gradients(gram, cross, alive, name: str, share: float = 1e-3, limit: int = 300) -> np.ndarray:
+    """Solve gram · u = cross for all columns, each within its own `alive` rows (Hestenes, Stiefel 1952)."""
     scale = np.maximum(np.abs(cross).max(axis=0), 1e-300)
     gram, cross, alive = (ops.convert_to_tensor(array, "float32") for array in (gram, cross / scale, alive))
     solution, residual, direction, power = ops.zeros_like(cross), cross, cross, ops.sum(ops.square(cross), axis=0)
@@ -737,7 +737,7 @@ def _conjugate_gradients(gram, cross, alive, ridge: float, name: str, share: flo
     for step in range(limit):
         if step % 8 == 0 and not bool(ops.any(power > enough)):  # not in every step: it waits for the device
             break
-        image = (ops.matmul(gram, direction) + ridge * direction) * alive
+        image = ops.matmul(gram, direction) * alive
         curvature = ops.sum(direction * image, axis=0)
         going = ops.logical_and(power > enough, curvature > 0)  # not positive: rounding has taken over
         length = ops.where(going, ops.divide_no_nan(power, curvature), 0.0)

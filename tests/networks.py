@@ -111,7 +111,8 @@ def greedy_selection(outputs, kernel, ridge):
     Returns the units in order, and the share of the squared `outputs @ kernel` that was unexplained before each.
     """
     outputs = np.linalg.qr(outputs, mode="r")  # the same sums of squares, from fewer rows
-    wanted, strength = outputs @ kernel, ridge * np.sum(outputs**2, axis=0)
+    sent = np.sum(kernel**2, axis=1)
+    wanted, strength = outputs @ kernel, ridge * np.mean(np.sum(outputs**2, axis=0) * sent) / sent
     taken, shares, left = [], [], list(range(len(kernel)))
 
     def unexplained(units):

@@ -118,12 +118,20 @@ def test_the_ridge_stops_between_the_pruned_weights_and_the_best_ones():
         np.testing.assert_allclose(kernels(repaired)[1], [[weight], [4]], rtol=1e-5)
 
 
-def test_the_ridge_is_a_share_of_each_inputs_own_square():
-    # Units 0 and 1 never fire together, and unit 1 fires 1,000 times as strongly. Each has a twin that was removed, and
-    # each stops half-way: at 3 of 2 + 2, and at 30 of 20 + 20.
-    network = network_of([[1, 0, 1, 0], [0, 1000, 0, 1000]], [[2], [20], [2], [20]])
+def test_the_ridge_does_not_depend_on_the_scale_of_a_unit():
+    # Unit 1 fires 1,000 times as strongly, and its weight is a thousandth. Each has a twin that was removed, and each
+    # stops half-way: at 3 of 2 + 2, and at 0.003 of 0.002 + 0.002.
+    network = network_of([[1, 0, 1, 0], [0, 1000, 0, 1000]], [[2], [0.002], [2], [0.002]])
     repaired = repair(without_units(network, [2, 3]), network, np.eye(2), ridge=1)
-    np.testing.assert_allclose(kernels(repaired)[1][:2], [[3], [30]], rtol=1e-5)
+    np.testing.assert_allclose(kernels(repaired)[1][:2], [[3], [0.003]], rtol=1e-5)
+
+
+def test_an_input_that_hardly_fires_is_held_as_strongly_as_the_others():
+    # Unit 1 fires a tenth as strongly as unit 0, with the same weight: 0.01 of the energy. The mean is 0.505, and its
+    # twin, of weight 2, is made up for by 2 · 0.01 / (0.01 + 0.505 · ridge).
+    network = network_of([[1, 0, 0], [0, 0.1, 0.1]], [[2], [2], [2]])
+    repaired = repair(without_units(network, [2]), network, np.eye(2), ridge=0.1)
+    np.testing.assert_allclose(kernels(repaired)[1][:2], [[2], [2 + 2 * 0.01 / (0.01 + 0.0505)]], rtol=1e-5)
 
 
 def test_a_network_without_a_unit_left_answers_the_mean():
@@ -276,13 +284,21 @@ def with_bias_row(layer, signal):
     return weights, np.hstack([signal, np.ones((len(signal), len(weights) - signal.shape[1]))])
 
 
-def refitted_layer(layer, signal, target, ridge):
-    """Each unit is solved for on its own, each input with its own ridge.
+def pull(inputs, whole, ridge):
+    """The ridge of each input: what the mean input sends, as shares of the energies of outputs; its own for the bias."""
+    energy, squares = np.sum(inputs**2, axis=0), whole.get_weights()[0].astype(np.float64) ** 2
+    strength, energy = energy.copy(), energy[: len(squares)]
+    received = energy @ squares
+    sent = np.sum(squares[:, received > 0] / received[received > 0], axis=1) * (energy > 0)
+    for number in np.flatnonzero(sent):
+        strength[number] = np.mean((energy * sent)[sent > 0]) / sent[number]
+    return ridge * strength
 
-    Without a ridge: the weights themselves by least squares, not their change.
-    """
+
+def refitted_layer(layer, whole, signal, target, ridge):
+    """Each unit is solved for on its own; without a ridge, its weights themselves and not their change."""
     weights, inputs = with_bias_row(layer, signal)
-    strength = ridge * np.sum(inputs**2, axis=0)
+    strength = pull(inputs, whole, ridge)
     for unit, column in enumerate(weights.T):
         free = column != 0
         free[signal.shape[1] :] |= free.any()
@@ -297,8 +313,8 @@ def refitted_layer(layer, signal, target, ridge):
 def refitted(pruned, network, x, ridge):
     """The weights of every layer, solved for with the inputs that the layers before it then deliver."""
     signal, result = x.astype(np.float64), []
-    for layer, target in zip(dense(pruned), forward(network, x)[1], strict=True):
-        result.append(refitted_layer(layer, signal, target, ridge))
+    for layer, whole, target in zip(dense(pruned), dense(network), forward(network, x)[1], strict=True):
+        result.append(refitted_layer(layer, whole, signal, target, ridge))
         biases = result[-1][-1] if layer.use_bias else 0
         signal = np.maximum(signal @ result[-1][: signal.shape[1]] + biases, 0)
     return result
@@ -348,13 +364,14 @@ def test_one_weight_that_is_0_in_the_dense_network_does_not_change_how_neurons_a
 
 def assert_nearly_least(repaired, pruned, network, x, ridge):
     """Repair has gone 99 % of the way from the pruned weights to the least squares, in every layer."""
-    layers = zip(dense(pruned), dense(repaired), forward(repaired, x)[0], forward(network, x)[1], strict=True)
-    for before, after, signal, target in layers:
+    signals, targets = forward(repaired, x)[0], forward(network, x)[1]
+    layers = zip(dense(pruned), dense(repaired), dense(network), signals, targets, strict=True)
+    for before, after, whole, signal, target in layers:
         (old, inputs), (found, _) = with_bias_row(before, signal), with_bias_row(after, signal)
-        strength = ridge * np.sum(inputs**2, axis=0)[:, None]
+        strength = pull(inputs, whole, ridge)[:, None]
         start, end, least = (
             np.sum((inputs @ weights - target) ** 2) + np.sum(strength * (weights - old) ** 2)
-            for weights in (old, found, refitted_layer(before, signal, target, ridge))
+            for weights in (old, found, refitted_layer(before, whole, signal, target, ridge))
         )
         assert end - least <= 0.01 * (start - least) + 1e-5 * np.sum(target**2)
 
@@ -474,21 +491,21 @@ def test_single_weights_are_solved_for_even_where_that_takes_many_steps():
 def test_a_layer_whose_solution_is_not_reached_is_named_in_a_warning():
     rng = np.random.default_rng(0)
     rows, alive = rng.normal(size=(50, 20)), rng.random((20, 4)) < 0.5
-    gram, cross = rows.T @ rows / 50, rng.normal(size=(20, 4)) * alive
+    gram, cross = rows.T @ rows / 50 + 1e-3 * np.eye(20), rng.normal(size=(20, 4)) * alive
     with warnings.catch_warnings(action="error"):
-        found = pruning_utils._conjugate_gradients(gram, cross, alive, 1e-3, "mine", 1e-3, 300)
+        found = pruning_utils._conjugate_gradients(gram, cross, alive, "mine", 1e-3, 300)
     for unit, free in enumerate(alive.T):
-        exact = np.linalg.solve(gram[np.ix_(free, free)] + 1e-3 * np.eye(free.sum()), cross[free, unit])
+        exact = np.linalg.solve(gram[np.ix_(free, free)], cross[free, unit])
         np.testing.assert_allclose(found[free, unit], exact, atol=5e-3 * np.abs(exact).max())
     with pytest.warns(UserWarning, match="layer 'mine'"):
-        early = pruning_utils._conjugate_gradients(gram, cross, alive, 1e-3, "mine", 1e-3, 2)
+        early = pruning_utils._conjugate_gradients(gram, cross, alive, "mine", 1e-3, 2)
     assert np.all(np.sum(early * (2 * cross - gram @ early), axis=0) > 0) and not early[~alive].any()
 
 
 def test_the_solver_stops_where_rounding_has_left_no_curvature():
     gram, cross = np.array([[1, 1 + 1e-5], [1 + 1e-5, 1]]), np.array([[1.0], [-1 + 1e-4]])  # an eigenvalue is -1e-5
     with pytest.warns(UserWarning, match="layer 'mine'"):
-        found = pruning_utils._conjugate_gradients(gram, cross, np.ones((2, 1), bool), 1e-6, "mine", 1e-3, 300)
+        found = pruning_utils._conjugate_gradients(gram, cross, np.ones((2, 1), bool), "mine", 1e-3, 300)
     assert np.abs(found).max() < 1
 
 
