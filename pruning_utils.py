@@ -46,7 +46,8 @@ class _Stage(NamedTuple):
     def sums(self, inputs, weights: list | None = None):
         """Return the pre-activations, in float32 at least, for the layer's own or other `weights`."""
         kernel, *bias = (ops.stop_gradient(_wide(weight)) for weight in weights or self.layer.weights)
-        return ops.add(ops.matmul(inputs, kernel), bias[0] if bias else 0.0)
+        sums = ops.matmul(inputs, kernel)
+        return ops.add(sums, bias[0]) if bias else sums
 
     def act(self, sums):
         """Return what the next Dense layer receives for these pre-activations."""
@@ -146,6 +147,8 @@ def _layers_in_order(network: Model) -> list[keras.layers.Layer]:
 
 def _removable(stage: _Stage) -> bool:
     """Whether a unit whose pre-activation is 0 sends exactly 0 onwards and changes nothing for other units."""
+    if stage.layer.activation in (keras.activations.relu, keras.activations.linear) and not stage.after:
+        return True  # no need to try
     sums, even = _probe(stage), np.arange(stage.layer.units) % 2 == 0
     received = ops.convert_to_numpy(stage.act(sums))
     for silent in (even, ~even):
@@ -156,8 +159,7 @@ def _removable(stage: _Stage) -> bool:
 
 
 def _probe(stage: _Stage):
-    """Return random pre-activations of three images."""
-    shape = (3, *(size or 2 for size in stage.shape[1:]))
+    shape = (3, *(size or 2 for size in stage.shape[1:]))  # three images
     return ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape), "float32")
 
 
@@ -517,7 +519,7 @@ def _rebuild(network: Model, weights: Mapping[str, list]) -> Model:
 
 
 def _again(layer: keras.layers.Layer, weights: list | None) -> keras.layers.Layer:
-    """Return an unbuilt layer that starts with these weights; settings from attributes: a config only names functions."""
+    """Return an unbuilt layer that starts with these weights; other settings from attributes, which hold functions."""
     kinds = type(layer).__mro__[: type(layer).__mro__.index(keras.layers.Layer)]
     specs = [inspect.getfullargspec(kind.__init__) for kind in kinds]
     settings = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
@@ -592,8 +594,7 @@ def _live_units(chain: _Chain) -> list[np.ndarray]:
 
 
 def _live_weights(chain: _Chain) -> dict[str, list]:
-    rows, *live = (np.flatnonzero(units) for units in _live_units(chain))
-    weights = {}
+    (rows, *live), weights = map(np.flatnonzero, _live_units(chain)), {}
     for stage, columns in zip(chain.stages, live, strict=True):
         kernel, *bias = stage.layer.weights
         columns = columns if columns.size else np.array([0])
@@ -653,8 +654,7 @@ def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_siz
         raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
     batches, fitted, known = _batches(x, batch_size), [], None
 
-    def arriving(number: int) -> Iterable[tuple]:
-        """What layer `number` receives in both networks, by batches of images, which are not kept."""
+    def arriving(number: int) -> Iterable[tuple]:  # what a layer receives in both networks, batch by batch, not kept
         if number == 0:
             return ((ours.start(x[batch]), theirs.start(x[batch])) for batch in batches)
         stage, whole, pairs = ours.stages[number - 1], theirs.stages[number - 1], known or arriving(number - 1)

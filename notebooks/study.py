@@ -83,7 +83,9 @@ def sweep(
     When a method fails, the rest is still measured; then a `RuntimeError` names network, method and sparsity, and its
     attribute `rows` holds the frame of what was measured.
     """
-    trained, sparsities = list(trained), list(sparsities)
+    trained, sparsities = list(trained), [float(sparsity) for sparsity in sparsities]
+    if not trained or not methods or not sparsities:
+        raise ValueError("a sweep needs a network, a method and a sparsity at least")
     names = dict.fromkeys(each.dataset.name for each in trained)
     grid = [(each, method) for name in names for method in methods for each in trained if each.dataset.name == name]
     tasks = [(each, methods[method], sparsities) for each, method in grid]
@@ -116,7 +118,7 @@ _MEASURED = ["sparsity", "accuracy", "loss", "weights_left", "multiply_adds"]
 
 def _run_task(each: Trained, method: Callable, sparsities: list[float]) -> tuple[pd.DataFrame, Exception | None]:
     """Return the rows of a network and a method, up to a sparsity at which the method fails, and its error."""
-    data, rows = each.dataset, []
+    data, rows, problem = each.dataset, [], None
     x, y = data.x_train[:METHOD_IMAGES], data.y_train[:METHOD_IMAGES]
     for sparsity in sparsities:
         try:
@@ -124,9 +126,11 @@ def _run_task(each: Trained, method: Callable, sparsities: list[float]) -> tuple
             correct, entropy = evaluate(pruned, data.x_test, data.y_test)
             left = cost(pruned)
         except Exception as error:
-            return pd.DataFrame(rows, columns=_MEASURED), error
+            problem = error
+            break
         rows.append([sparsity, correct, entropy, left["weights_left"], left["multiply_adds"]])
-    return pd.DataFrame(rows, columns=_MEASURED), None
+    kinds = dict(zip(_MEASURED, [float, float, float, int, int], strict=True))
+    return pd.DataFrame(rows, columns=_MEASURED).astype(kinds), problem
 
 
 def _in_processes(tasks: Sequence[tuple], n_jobs: int | None) -> list[tuple]:
@@ -146,18 +150,27 @@ def _in_processes(tasks: Sequence[tuple], n_jobs: int | None) -> list[tuple]:
     jobs, packed = joblib.effective_n_jobs(n_jobs), []
     for each, method, sparsities in tasks:
         known = each.dataset.name in CLASS_NAMES and each.dataset is load_dataset(each.dataset.name)
-        network = type(each.network), each.network.get_config(), each.network.get_weights()  # not the optimizer
+        functions = [layer.activation for layer in _activated(each.network)]
+        network = type(each.network), each.network.get_config(), functions, each.network.get_weights()  # no optimizer
         data = each.dataset.name if known else tuple(each.dataset)
         packed.append(cloudpickle.dumps((_unpacked_task, data, each.seed, network, method, sparsities)))
     return joblib.Parallel(n_jobs=n_jobs)(joblib.delayed(run)(task, here, jobs) for task in packed)
 
 
 def _unpacked_task(data: str | tuple, seed: int, network: tuple, method: Callable, sparsities: list[float]) -> tuple:
-    kind, config, weights = network
+    kind, config, functions, weights = network
+    for layer in config["layers"]:  # in a configuration, functions are only names
+        layer["config"] |= {"activation": "linear"} if "activation" in layer["config"] else {}
     network, data = kind.from_config(config), load_dataset(data) if isinstance(data, str) else Dataset(*data)
+    for layer, function in zip(_activated(network), functions, strict=True):
+        layer.activation = function
     network.set_weights(weights)
     frame, error = _run_task(Trained(data, seed, network), method, sparsities)
     return frame, error and RuntimeError(repr(error))  # not every error can be pickled
+
+
+def _activated(network: keras.Model) -> list[keras.layers.Layer]:
+    return [layer for layer in network.layers if hasattr(layer, "activation")]
 
 
 def _sweep_paths(folder: Path | None, tasks: Sequence[tuple]) -> list[Path | None]:
@@ -166,17 +179,29 @@ def _sweep_paths(folder: Path | None, tasks: Sequence[tuple]) -> list[Path | Non
     if folder is None or any(criterion.__module__ != "pruning_utils" for criterion in criteria):  # a reader's own
         return [None] * len(tasks)
     code = [Path(pruning_utils.__file__).read_text("utf-8"), *map(inspect.getsource, (_run_task, evaluate, repaired))]
-    data = {each.dataset.name: cache_key(*(part[:METHOD_IMAGES] for part in each.dataset[1:3]), *each.dataset[3:5])
+    data = {id(each.dataset): [part[:METHOD_IMAGES] for part in each.dataset[1:3]] + list(each.dataset[3:5])
             for each, *_ in tasks}  # fmt: skip
-    paths = []
+    data, paths = {number: cache_key(*arrays) for number, arrays in data.items()}, []
     for (dataset, seed, network), method, sparsities in tasks:
-        recipe, path = _recipe(method), None
-        if recipe is not None:
-            settings = json.dumps([recipe, sparsities, seed, data[dataset.name], network.to_json()])
+        recipe, layers, path = _recipe(method), _described(network), None
+        if recipe is not None and layers is not None:
+            settings = json.dumps([recipe, layers, sparsities, int(seed), data[id(dataset)]])
             key = cache_key(settings, *code, *network.get_weights())
             path = cache_path(folder, f"sweep-{dataset.name}-{seed}-{key}")
         paths.append(path)
     return paths
+
+
+def _described(network: keras.Model) -> str | None:
+    """Return what a network computes but for its weights, or None if a reader's own layer or function is part of it."""
+    parts = [network, *network.layers, *(layer.activation for layer in _activated(network))]
+    if not all((getattr(part, "__module__", None) or "").startswith("keras.") for part in parts):
+        return None
+    said = ("name", "kernel_initializer", "bias_initializer")  # but not part of it
+    layers = [{key: value for key, value in layer.get_config().items() if key not in said} for layer in network.layers]
+    return json.dumps(
+        [[type(layer).__name__ for layer in network.layers], layers, network.inputs[0].dtype], default=str
+    )
 
 
 def _recipe(method: object) -> object | None:
@@ -185,7 +210,7 @@ def _recipe(method: object) -> object | None:
         parts = [method.func, *method.args, *method.keywords.values()]
         recipes = [_recipe(part) for part in parts]
         return None if None in recipes else [recipes, list(method.keywords)]
-    if method in (pruning_utils.prune_weights, pruning_utils.prune_neurons, repaired):
+    if any(method is known for known in (pruning_utils.prune_weights, pruning_utils.prune_neurons, repaired)):
         return method.__name__
     return method if isinstance(method, str | int | float) else None
 
@@ -307,7 +332,7 @@ def time_in_turn(
     calls = {}
     for name, run in contenders.items():
         run()
-        calls[name] = max(1, round(seconds / timeit.timeit(run, number=1)))
+        calls[name] = max(1, round(seconds / max(timeit.timeit(run, number=1), 1e-9)))
     turns = [
         {name: timeit.timeit(run, number=calls[name]) / calls[name] for name, run in contenders.items()}
         for _ in progress(range(rounds), "timing")

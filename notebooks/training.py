@@ -264,14 +264,15 @@ def progress(steps: Sequence, what: str) -> Iterable:
 
 def evaluate(network: keras.Model, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Return accuracy and mean cross-entropy from one forward pass."""
-    activation = getattr(network.layers[-1], "activation", None)
-    if activation not in (keras.activations.linear, keras.activations.softmax):
-        raise ValueError(f"network {network.name!r} must end in a layer that returns logits or has Keras' own softmax")
+    last, activation = network.layers[-1], getattr(network.layers[-1], "activation", None)
+    logits = isinstance(last, keras.layers.Dense) and activation is keras.activations.linear
+    if not logits and activation is not keras.activations.softmax:
+        raise ValueError(f"network {network.name!r} must end in logits or in Keras' own softmax, as an activation")
     found = outputs(network, x)
     if not np.isfinite(found).all():
         raise ValueError(f"network {network.name!r} returns NaN or infinite values")
     y = _check_labels(y, found.shape)
-    entropy = keras.losses.sparse_categorical_crossentropy(y, found, from_logits=activation is keras.activations.linear)
+    entropy = keras.losses.sparse_categorical_crossentropy(y, found, from_logits=logits)
     return float(np.mean(found.argmax(axis=1) == y)), float(ops.mean(entropy))
 
 

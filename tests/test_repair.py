@@ -285,7 +285,7 @@ def with_bias_row(layer, signal):
 
 
 def pull(inputs, whole, ridge):
-    """The ridge of each input: what the mean input sends, as shares of the energies of outputs; its own for the bias."""
+    """The ridge of each input: what the mean input sends, as shares of outputs' energies; its own for the bias."""
     energy, squares = np.sum(inputs**2, axis=0), whole.get_weights()[0].astype(np.float64) ** 2
     strength, energy = energy.copy(), energy[: len(squares)]
     received = energy @ squares
