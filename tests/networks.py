@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
+from keras.layers import Activation, Dense, Dropout, Flatten, ReLU, Softmax
 
 INPUTS, HIDDEN, CLASSES = 6, (12, 8), 4
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
@@ -21,7 +22,7 @@ def network_of(*kernels, biases=None, activation="relu"):
     names = [*(f"hidden_{number}" for number in range(1, len(kernels))), "logits"]
     functions = [activation] * (len(kernels) - 1) + [None]
     network = chain(
-        *(keras.layers.Dense(np.shape(kernel)[1], function, use_bias=biases is not None, name=name)
+        *(Dense(np.shape(kernel)[1], function, use_bias=biases is not None, name=name)
           for kernel, function, name in zip(kernels, functions, names, strict=True)),
         inputs=(len(kernels[0]),),
     )  # fmt: skip
@@ -30,11 +31,11 @@ def network_of(*kernels, biases=None, activation="relu"):
     return network
 
 
-def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=CLASSES):
-    """A ReLU network with normally distributed weights, biases included; the output layer always has some."""
-    layers = [keras.layers.Dense(units, "relu", use_bias=use_bias, name=f"hidden_{number}")
+def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=CLASSES, activation="relu"):
+    """A network with normally distributed weights, biases included; the output layer always has some."""
+    layers = [Dense(units, activation, use_bias=use_bias, name=f"hidden_{number}")
               for number, units in enumerate(hidden, start=1)]  # fmt: skip
-    network = chain(*layers, keras.layers.Dense(classes, name="logits"), inputs=(inputs,))
+    network = chain(*layers, Dense(classes, name="logits"), inputs=(inputs,))
     rng = np.random.default_rng(seed)
     network.set_weights([rng.normal(size=weight.shape).astype(np.float32) for weight in network.get_weights()])
     return network
@@ -49,25 +50,15 @@ def gentle_network():
 
 def functional_network():
     """Images of 2 x 3 pixels in, probabilities out, and one of every supported layer on the way."""
-    inputs = signal = keras.Input((2, 3))
-    for layer in (
-        keras.layers.Flatten(),
-        keras.layers.Dense(12, name="hidden_1"),
-        keras.layers.Activation("relu"),
-        keras.layers.Dropout(0.5),
-        keras.layers.Dense(8, name="hidden_2", trainable=False),
-        keras.layers.ReLU(),
-        keras.layers.Dense(CLASSES, name="logits"),
-        keras.layers.Softmax(),
-    ):
-        signal = layer(signal)
-    network = keras.Model(inputs, signal)
+    first = Flatten(), Dense(12, name="hidden_1"), Activation("relu"), Dropout(0.5)
+    rest = Dense(8, name="hidden_2", trainable=False), ReLU(), Dense(CLASSES, name="logits"), Softmax()
+    network = as_functional(chain(*first, *rest, inputs=(2, 3)))
     network.set_weights(gentle_network().get_weights())
     return network
 
 
 def as_functional(network):
-    inputs = signal = keras.Input((INPUTS,))
+    inputs = signal = keras.Input(network.input_shape[1:])
     for layer in network.layers:
         signal = layer(signal)
     return keras.Model(inputs, signal)
@@ -79,7 +70,7 @@ def images(count=50, seed=1):
 
 
 def dense(network):
-    return [layer for layer in network.layers if isinstance(layer, keras.layers.Dense)]
+    return [layer for layer in network.layers if isinstance(layer, Dense)]
 
 
 def kernels(network):
@@ -88,6 +79,12 @@ def kernels(network):
 
 def predictions(network, x):
     return keras.ops.convert_to_numpy(network(x, training=False))
+
+
+def assert_same_outputs(network, other, x, rtol=1e-5):
+    """Outputs differ by no more than this share of the largest one, or of 1."""
+    wanted = predictions(other, x)
+    np.testing.assert_allclose(predictions(network, x), wanted, rtol=0, atol=rtol * max(1, np.abs(wanted).max()))
 
 
 def bits(network):

@@ -34,9 +34,6 @@ def text_type() -> type[str]:
     return ToleratedText if not shutil.which("git") or subprocess.run(changed, cwd=ROOT).returncode else str
 
 
-# --- Reading a notebook -------------------------------------------------------------------------------------------
-
-
 def code_cells(notebook: Notebook) -> list[Notebook]:
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
@@ -100,13 +97,11 @@ def shown_on_github(notebook: Notebook) -> Iterator[str]:
         yield "kernelspec is not 'python3', which is the one that every reader has"
     if (size := len(nbformat.writes(notebook).encode())) >= 1_000_000:
         yield f"{size:,} bytes, more than 1 MB may not be shown"
-    for cell in code_cells(notebook):
-        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
-        if "application/vnd.jupyter.widget-view+json" in kinds and "image/png" not in kinds:
-            yield f"a widget without a picture: {cell.source!r}"
     for output in outputs(notebook.cells):
-        alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
-        if "image/png" in output.get("data", {}) and not alt.strip():
+        data, alt = output.get("data", {}), output.get("metadata", {}).get("image/png", {}).get("alt", "")
+        if "application/vnd.jupyter.widget-view+json" in data:
+            yield "a widget is not shown"
+        if "image/png" in data and not alt.strip():
             yield "a figure has no alt text"
 
 
@@ -134,9 +129,6 @@ def claims_hold(notebook: Notebook) -> Iterator[str]:
             values = {row[header.index(name) - len(header)] for row in rows}
             if not values <= ALLOWED[name]:
                 yield f"a claim has one of {values} under {name!r}"
-
-
-# --- Checks of prose, for the README too --------------------------------------------------------------------------
 
 
 def unsupported_pairs(markdown: str, notebooks: list[Notebook], text: type[str]) -> list[str]:
@@ -196,8 +188,7 @@ def test_readme():
 # --- The checks can fail ------------------------------------------------------------------------------------------
 
 # As pandas writes them, without and with a name of the index.
-CLAIMS = """<table>
-<thead><tr><th></th><th>claim</th><th>evidence</th><th>holds</th></tr></thead>
+CLAIMS = """<table><thead><tr><th></th><th>claim</th><th>evidence</th><th>holds</th></tr></thead>
 <tbody><tr><th>0</th><td>norm &gt; random</td><td>91.0 ± 2.7</td><td>True</td></tr></tbody></table>"""
 RESULTS = """<table>
 <thead><tr><th></th><th>MNIST</th><th>units</th></tr><tr><th>method</th><th></th><th></th></tr></thead>
@@ -248,11 +239,10 @@ BREAKS = [
     ("error or a warning", lambda nb: nb.cells[1].outputs[0].update(name="stderr")),
     ("error or a warning", lambda nb: nb.cells[1].outputs.append(nbformat.v4.new_output("error"))),
     ("address '/home/", lambda nb: nb.cells[1].outputs[0].update(text="/home/a/b")),
-    ("address '/tmp/", lambda nb: put(nb, "text/html", "/tmp/x")),
     ("address '0x7f", lambda nb: put(nb, "text/plain", "<X at 0x7f12ab34>")),
     ("address 'C:", lambda nb: put(nb, "text/plain", "C:\\x")),
     ("address '/root/", lambda nb: nb.cells[1].update(source="open('/root/x')")),
-    ("without a picture", lambda nb: put(nb, "application/vnd.jupyter.widget-view+json")),
+    ("a widget", lambda nb: put(nb, "application/vnd.jupyter.widget-view+json")),
     ("kernelspec", lambda nb: nb.metadata.kernelspec.update(name="venv")),
     ("bytes", lambda nb: nb.cells[4].outputs[0].data.update({"image/png": "A" * 1_000_000})),
     ("alt text", lambda nb: nb.cells[4].outputs[0].metadata["image/png"].update(alt=" ")),
@@ -269,8 +259,15 @@ BREAKS = [
 ]
 
 
-def test_good_notebook_and_readme_have_no_complaints():
-    assert complaints(good_notebook()) == readme_problems(README, [good_notebook()], str) == []
+def test_a_good_notebook_and_readme_have_no_complaints_also_with_a_verdict_and_with_numbers_of_another_machine():
+    notebook = good_notebook()
+    assert complaints(notebook) == readme_problems(README, [notebook], str) == []
+    replace(notebook, 2, "holds", "verdict")
+    replace(notebook, 2, "True", "refuted")
+    assert complaints(notebook) == []
+    other_machine = README.replace("91.0 ± 2.7", "92.3 ± 2.1")
+    assert readme_problems(other_machine, [notebook], ToleratedText) == []
+    assert readme_problems(other_machine.replace("270", "271"), [notebook], ToleratedText)
 
 
 @pytest.mark.parametrize(("expected", "break_it"), BREAKS)
@@ -281,48 +278,23 @@ def test_broken_notebook(expected, break_it):
     assert expected in complaint
 
 
-def test_a_table_of_claims_may_give_a_verdict():
-    notebook = good_notebook()
-    replace(notebook, 2, "holds", "verdict")
-    replace(notebook, 2, "True", "refuted")
-    assert complaints(notebook) == []
-
-
-@pytest.mark.parametrize(
-    ("sentence", "problems"),
-    [
-        ("91.0 ± 2.7 %, or 35.2 ± 5.1", 0),
-        ("91.0 ± 2.8 %", 1),
-        ("17.0 ± 2.8 ms", 1),  # shown, but not compared: on another machine it is something else
-        ("$91.0 \\pm 2.7$ %", 1),
-        ("91.0±2.7 %", 1),
-    ],
-)
-def test_numbers_in_prose_are_those_of_compared_outputs(sentence, problems):
-    assert len(unsupported_pairs(sentence, [good_notebook()], str)) == problems
-
-
-BLOCK = README[README.index("<!-- results -->") :]
+# Shown nowhere; shown, but in a time, which is not compared; and written in two other ways.
+@pytest.mark.parametrize("sentence", ["91.0 ± 2.8 %", "17.0 ± 2.8 ms", "$91.0 \\pm 2.7$ %", "91.0±2.7 %"])
+def test_numbers_in_prose_are_those_of_compared_outputs(sentence):
+    assert unsupported_pairs("91.0 ± 2.7 %, or 35.2 ± 5.1", [good_notebook()], str) == []
+    assert len(unsupported_pairs(sentence, [good_notebook()], str)) == 1
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("| 91.0 ± 2.7", "| 91.1 ± 2.7"),
-        ("| 35.2 ± 5.1 | 270", "| 35.2 ± 5.1 | 271"),
         ("| random | 35.2 ± 5.1 | 270 |\n", ""),
         ("| MNIST", "| Fashion-MNIST"),
         ("<!-- results -->", ""),
         ("**91.0 ± 2.7**", "**91.0 ± 2.6**"),
-        (BLOCK, BLOCK + BLOCK.replace("35.2", "35.3")),
+        (README, README + README.replace("35.2", "35.3")),
     ],
 )
 def test_broken_readme(old, new):
-    assert old in README
     assert readme_problems(README.replace(old, new), [good_notebook()], str)
-
-
-def test_regenerated_numbers_are_tolerated_and_words_are_not():
-    other_machine = README.replace("91.0 ± 2.7", "92.3 ± 2.1")
-    assert readme_problems(other_machine, [good_notebook()], ToleratedText) == []
-    assert readme_problems(other_machine.replace("270", "271"), [good_notebook()], ToleratedText)

@@ -15,6 +15,7 @@ from networks import (
     CLASSES,
     INPUTS,
     as_functional,
+    assert_same_outputs,
     bits,
     chain,
     dense,
@@ -81,16 +82,6 @@ def distance(network, other, x):
     return np.mean((predictions(network, x).astype(np.float64) - predictions(other, x)) ** 2)
 
 
-def assert_same_outputs(network, other, x, rtol=1e-3):
-    wanted = predictions(other, x)
-    np.testing.assert_allclose(predictions(network, x), wanted, rtol=0, atol=rtol * np.abs(wanted).max())
-
-
-def assert_same_weights(network, other, rtol=1e-4, atol=1e-5):
-    for found, expected in zip(network.get_weights(), other.get_weights(), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
-
-
 def assert_same_zeros(repaired, pruned):
     for after, before in zip(dense(repaired), dense(pruned), strict=True):
         (kernel, *bias), (old, *old_bias) = after.get_weights(), before.get_weights()
@@ -102,36 +93,27 @@ def assert_same_zeros(repaired, pruned):
 # --- By hand ------------------------------------------------------------------------------------------------------
 
 
-def test_the_twin_of_a_removed_unit_takes_over_its_outgoing_weights():
-    network = network_of([[1, 1, 2]], [[2, 3], [4, 5], [1, -1]])
-    repaired = repair(without_units(network, [1, 2]), network, np.array([[1.0], [2.0]]), ridge=1e-6)
-    # Unit 2 fires twice as strongly as unit 0: 2 + 4 + 2 · 1 and 3 + 5 + 2 · (-1).
-    np.testing.assert_allclose(kernels(repaired)[0], [[1, 0, 0]])
-    np.testing.assert_allclose(kernels(repaired)[1][0], [8, 6], rtol=1e-4)
-
-
-def test_the_ridge_stops_between_the_pruned_weights_and_the_best_ones():
+@pytest.mark.parametrize(("first", "second", "removed", "x", "ridge", "expected"), [
+    # Unit 2 fires twice as strongly as unit 0, which takes over: 2 + 4 + 2 · 1 and 3 + 5 + 2 · (-1).
+    ([[1, 1, 2]], [[2, 3], [4, 5], [1, -1]], [1, 2], [[1], [2]], 1e-6, [[8, 6]]),
     # One image that is 1: (w - 6)² + ridge · (w - 2)² is least at w = (6 + 2 · ridge) / (1 + ridge).
-    network = network_of([[1, 1]], [[2], [4]])
-    for ridge, weight in ((1, 4), (3, 3), (1 / 3, 5)):
-        repaired = repair(without_units(network, [1]), network, np.ones((1, 1)), ridge)
-        np.testing.assert_allclose(kernels(repaired)[1], [[weight], [4]], rtol=1e-5)
-
-
-def test_the_ridge_does_not_depend_on_the_scale_of_a_unit():
-    # Unit 1 fires 1,000 times as strongly, and its weight is a thousandth. Each has a twin that was removed, and each
-    # stops half-way: at 3 of 2 + 2, and at 0.003 of 0.002 + 0.002.
-    network = network_of([[1, 0, 1, 0], [0, 1000, 0, 1000]], [[2], [0.002], [2], [0.002]])
-    repaired = repair(without_units(network, [2, 3]), network, np.eye(2), ridge=1)
-    np.testing.assert_allclose(kernels(repaired)[1][:2], [[3], [0.003]], rtol=1e-5)
-
-
-def test_an_input_that_hardly_fires_is_held_as_strongly_as_the_others():
+    ([[1, 1]], [[2], [4]], [1], [[1]], 1, [[4]]),
+    ([[1, 1]], [[2], [4]], [1], [[1]], 3, [[3]]),
+    ([[1, 1]], [[2], [4]], [1], [[1]], 1 / 3, [[5]]),
+    # The scale of a unit does not matter: unit 1 fires 1,000 times as strongly, and its weight is a thousandth. Each
+    # has a twin that was removed, and each stops half-way: at 3 of 2 + 2, and at 0.003 of 0.002 + 0.002.
+    ([[1, 0, 1, 0], [0, 1000, 0, 1000]], [[2], [0.002], [2], [0.002]], [2, 3], np.eye(2), 1, [[3], [0.003]]),
     # Unit 1 fires a tenth as strongly as unit 0, with the same weight: 0.01 of the energy. The mean is 0.505, and its
     # twin, of weight 2, is made up for by 2 · 0.01 / (0.01 + 0.505 · ridge).
-    network = network_of([[1, 0, 0], [0, 0.1, 0.1]], [[2], [2], [2]])
-    repaired = repair(without_units(network, [2]), network, np.eye(2), ridge=0.1)
-    np.testing.assert_allclose(kernels(repaired)[1][:2], [[2], [2 + 2 * 0.01 / (0.01 + 0.0505)]], rtol=1e-5)
+    ([[1, 0, 0], [0, 0.1, 0.1]], [[2], [2], [2]], [2], np.eye(2), 0.1, [[2], [2 + 2 * 0.01 / (0.01 + 0.0505)]]),
+    # Unit 2 is the sum of units 0 and 1. Only neurons went, so the weight that is 0 in the dense network is refitted.
+    ([[1, 0, 1], [0, 1, 1]], [[2], [0], [3]], [2], np.eye(2), 1e-6, [[2 + 3], [0 + 3]]),
+])  # fmt: skip
+def test_units_that_are_left_make_up_for_the_others(first, second, removed, x, ridge, expected):
+    network, left = network_of(first, second), len(expected)
+    repaired = repair(without_units(network, removed), network, np.array(x), ridge)
+    np.testing.assert_allclose(kernels(repaired)[0], np.where(np.arange(len(second)) < left, first, 0))
+    np.testing.assert_allclose(kernels(repaired)[1], [*expected, *second[left:]], rtol=1e-4)
 
 
 def test_a_network_without_a_unit_left_answers_the_mean():
@@ -166,22 +148,7 @@ def test_an_output_is_repaired_even_beside_one_a_million_times_larger():
     np.testing.assert_allclose(predictions(repaired, x), [[1e6, 0], [0, 2], [1e6, 4]], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_are_0_in_the_dense_network_are_refitted_where_only_neurons_went():
-    # Unit 2 is the sum of units 0 and 1 for images of positive pixels; only unit 0 had a weight of its own.
-    network = network_of([[1, 0, 1], [0, 1, 1]], [[2], [0], [3]])
-    repaired = repair(without_units(network, [2]), network, np.array([[1.0, 0], [0, 1]]), ridge=1e-6)
-    np.testing.assert_allclose(kernels(repaired)[1], [[2 + 3], [0 + 3], [3]], rtol=1e-4)
-
-
 # --- Exact recovery -----------------------------------------------------------------------------------------------
-
-
-def test_units_that_never_fire_can_go_without_a_trace():
-    network, (x, _), (new, _) = random_network(2), images(200), images(100, seed=7)
-    first, bias, *rest = network.get_weights()
-    first[:, [1, 3]], bias[[1, 3]] = -np.abs(first[:, [1, 3]]), [0, -2]  # images are never negative
-    network = with_weights(network, [first, bias, *rest])
-    assert_same_outputs(repair(without_units(network, [1, 3], []), network, x), network, new, rtol=1e-5)
 
 
 @with_and_without_bias
@@ -197,7 +164,7 @@ def test_multiples_of_units_that_are_left_can_go_without_a_trace(activation, use
     pruned = without_units(network, range(6, 12), range(5, 10))
     assert distance(pruned, network, new) > 1e-3
     repaired = shrink(repair(pruned, network, x, TINY))
-    assert_same_outputs(repaired, network, new)
+    assert_same_outputs(repaired, network, new, rtol=1e-3)
     assert [layer.units for layer in dense(repaired)] == [6, 5, CLASSES]
 
 
@@ -243,9 +210,7 @@ def test_repair_brings_every_layer_closer_and_nothing_back(prune, seed, sparsity
 @both_kinds
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_repair_helps_on_images_it_has_not_seen(prune, activation):
-    rng = np.random.default_rng(0)
-    network = network_of(*(rng.normal(size=shape) for shape in ((6, 12), (12, 8), (8, 4))), activation=activation)
-    (x, _), (new, _) = images(500), images(200, seed=7)
+    network, (x, _), (new, _) = random_network(use_bias=False, activation=activation), images(500), images(200, seed=7)
     pruned = prune(network, 0.4)
     assert distance(repair(pruned, network, x), network, new) < distance(pruned, network, new) / 4
 
@@ -396,7 +361,7 @@ def test_units_scaled_on_the_way_in_and_back_on_the_way_out_are_repaired_to_the_
     factors = np.geomspace(1e-3, 1e3, 12).astype(np.float32)
     scaled = with_weights(network, [first * factors, bias * factors, second / factors[:, None], *rest])
     repaired, other = (repair(apply_masks(each, masks_of(kind, network)), each, x) for each in (network, scaled))
-    assert_same_outputs(other, repaired, new)
+    assert_same_outputs(other, repaired, new, rtol=1e-3)
     assert distance(repaired, network, new) > 0
 
 
@@ -408,26 +373,24 @@ def test_the_scale_of_the_images_does_not_matter_without_biases(prune, scale):
     pruned = prune(network, 0.5)
     repaired, scaled = (repair(pruned, network, pictures) for pictures in (x, x * np.float32(scale)))
     assert bits(repaired) != bits(pruned)
-    assert_same_outputs(scaled, repaired, x)
+    assert_same_outputs(scaled, repaired, x, rtol=1e-3)
 
 
 @strictly
 @both_kinds
 @pytest.mark.parametrize("batch_size", [1, 7, 99])
 def test_the_size_of_the_batches_does_not_matter_and_is_kept(prune, batch_size):
-    network, (x, _), sizes = random_network(), images(100), []
+    (x, _), sizes = images(100), []
 
     def relu(sums):
         sizes.append(len(sums))
         return keras.ops.relu(sums)
 
-    watched = with_weights(network, network.get_weights())
-    for layer in dense(watched)[:-1]:
-        layer.activation = relu
-    pruned = prune(watched, 0.5)
-    repaired = repair(pruned, watched, x, batch_size=batch_size)
+    network = random_network(activation=relu)
+    pruned = prune(network, 0.5)
+    repaired = repair(pruned, network, x, batch_size=batch_size)
     assert max(sizes) <= max(batch_size, 3)  # activations are compared on three images
-    assert_same_outputs(repaired, repair(prune(network, 0.5), network, x), x)
+    assert_same_outputs(repaired, repair(pruned, network, x), x, rtol=1e-3)
 
 
 @both_kinds
@@ -443,28 +406,21 @@ def test_repair_gives_the_same_every_time_and_leaves_its_arguments_alone(prune):
     assert [*bits(network), *bits(pruned), x.tobytes()] == before
 
 
-TWINS = {
-    "functional": lambda: as_functional(gentle_network()),
-    "with layers in between": functional_network,
-    "on sequences": lambda: chain(*gentle_network().layers, inputs=(5, INPUTS)),
-}
-
-
 @strictly
 @both_kinds
-@pytest.mark.parametrize("build", TWINS.values(), ids=TWINS.keys())
+@pytest.mark.parametrize("build", [
+    lambda: as_functional(gentle_network()),
+    lambda: chain(*gentle_network().layers, inputs=(5, INPUTS)),  # on sequences
+    functional_network,  # with layers in between
+])  # fmt: skip
 def test_other_chains_of_the_same_dense_layers_are_repaired_alike(prune, build):
     plain, network, (x, _) = gentle_network(), build(), images(100)
     repaired = repair(prune(network, 0.5), network, x.reshape(-1, *network.input_shape[1:]))
-    assert_same_outputs(with_weights(plain, repaired.get_weights()), repair(prune(plain, 0.5), plain, x), x)
+    expected = repair(prune(plain, 0.5), plain, x)
+    assert_same_outputs(with_weights(plain, repaired.get_weights()), expected, x, rtol=1e-3)
 
 
 # --- Numbers of every kind ----------------------------------------------------------------------------------------
-
-
-def in_policy(policy, network):
-    layers = [keras.layers.Dense(layer.units, layer.activation, dtype=policy) for layer in dense(network)]
-    return with_weights(chain(*layers), network.get_weights())
 
 
 @strictly
@@ -472,9 +428,10 @@ def in_policy(policy, network):
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64"])
 def test_networks_of_every_precision_are_repaired_as_in_float32(prune, policy):
     network, (x, _) = gentle_network(), images(200)
-    pruned = prune(in_policy(policy, network), 0.5)
-    repaired = repair(pruned, in_policy(policy, network), x)
-    expected = repair(prune(network, 0.5), network, x)
+    layers = [keras.layers.Dense(layer.units, layer.activation, dtype=policy) for layer in dense(network)]
+    low = with_weights(chain(*layers), network.get_weights())
+    pruned, expected = prune(low, 0.5), repair(prune(network, 0.5), network, x)
+    repaired = repair(pruned, low, x)
     assert [weight.dtype for weight in repaired.get_weights()] == [weight.dtype for weight in pruned.get_weights()]
     assert_same_zeros(repaired, pruned)
     for found, wanted in zip(repaired.get_weights(), expected.get_weights(), strict=True):
@@ -512,23 +469,6 @@ def test_the_solver_stops_where_rounding_has_left_no_curvature():
 # --- What bad input gets ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("x", "error", "message"),
-    [
-        (None, ValueError, r"\(\).*\(None, 6\)"),
-        (np.ones((5, 7)), ValueError, r"\(5, 7\).*\(None, 6\)"),
-        (np.ones((0, 6)), ValueError, r"\(0, 6\).*\(None, 6\)"),
-        (np.full((5, 6), np.nan), ValueError, "x holds NaN or inf"),
-        (np.ones((5, 6), complex), TypeError, "real numbers"),
-        (np.full((5, 6), "1"), TypeError, "real numbers"),
-        (np.ma.ones((5, 6)), TypeError, "without a mask"),
-    ],
-)
-def test_images_that_do_not_fit_are_refused(x, error, message):
-    with pytest.raises(error, match=message):
-        repair(prune_neurons(random_network(), 0.5), random_network(), x)
-
-
 BAD = {"ridge": [0, -1e-3, np.nan, np.inf, 1e300, None, "1", [1e-3], 1j, True], "batch_size": [0, -1, 1.5, None, True]}
 
 
@@ -538,18 +478,13 @@ def test_a_ridge_or_batch_size_out_of_range_is_refused_with_its_value(name, valu
         repair(prune_neurons(random_network(), 0.5), random_network(), images()[0], **{name: value})
 
 
-def with_activation(activation):
-    kernels_and_biases = random_network().get_weights()
-    return network_of(*kernels_and_biases[::2], biases=kernels_and_biases[1::2], activation=activation)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: random_network(hidden=(12, 9)), "must have the same layers"),
         (lambda: chain(keras.layers.Dropout(0.5), *random_network().layers), "must have the same layers"),
         (lambda: shrink(prune_neurons(random_network(), 0.5)), r"same layers.*\(6, 6\).*shrink later"),
-        (lambda: with_activation("tanh"), "must have the same activations"),
+        (lambda: random_network(activation="tanh"), "must have the same activations"),
     ],
 )
 def test_networks_that_differ_in_more_than_weights_are_refused(build, message):
@@ -562,12 +497,3 @@ def test_networks_that_differ_in_more_than_weights_are_refused(build, message):
 def test_exchanged_arguments_are_refused(prune):
     with pytest.raises(ValueError, match="exchange the arguments"):
         repair(random_network(), prune(random_network(), 0.5), images()[0])
-
-
-def test_networks_that_cannot_be_repaired_at_all_are_refused():
-    network, other = as_functional(random_network()), random_network()
-    named = keras.Model(network.inputs, {"classes": network.outputs[0]})
-    other.layers[1].bias.assign(np.full(8, np.nan, np.float32))
-    for pair, message in (((named, named), "one output"), ((network, other), "NaN"), ((other, network), "NaN")):
-        with pytest.raises(ValueError, match=message):
-            repair(*pair, images()[0])

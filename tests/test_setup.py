@@ -35,11 +35,6 @@ PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, LINES)}
 FOREIGN = ("matplotlib", "pandas", "seaborn", "tqdm", "IPython", "joblib", "cloudpickle", "study")
 
 
-def test_a_user_gets_keras_numpy_and_scipy_and_asks_for_the_rest():
-    assert {requirement.name for requirement in NEEDED} == {"keras", "numpy", "scipy"}
-    assert set(EXTRAS) == {"study", "test", "deploy", "bench", "gpu", "scale"}
-
-
 @pytest.mark.parametrize("requirement", LISTED, ids=str)
 def test_every_dependency_is_listed_with_a_reason_and_pinned_within_its_range(requirement):
     assert re.search(rf'(?m)^ +"{re.escape(requirement.name)}[\[=><].*", +# \S+', LIST)
@@ -92,11 +87,9 @@ from pruning_utils import outputs, prune_neurons, repair, shrink
 assert not [name for name in {(*FOREIGN, "tensorflow")} if importlib.util.find_spec(name)]
 @keras.saving.register_keras_serializable()
 def clipped(signal): return keras.ops.clip(signal, 0, 6)
-def own_loss(wanted, given): return keras.ops.mean(keras.ops.square(wanted - given), axis=-1)
 keras.utils.set_random_seed(0)
 hidden = [keras.layers.Dense(units, clipped, bias_initializer="random_normal") for units in (32, 16)]
 network = keras.Sequential([keras.Input((8,)), *hidden, keras.layers.Dense(3)])
-network.compile("adam", own_loss)
 x = np.random.default_rng(0).normal(size=(512, 8)).astype("float32")
 wanted = network.predict(x, verbose=0)
 pruned = prune_neurons(network, 0.5)
@@ -107,9 +100,6 @@ assert [(layer.units, layer.activation) for layer in small.layers[:2]] == [(16, 
 np.testing.assert_allclose(small.predict(x, verbose=0), repaired.predict(x, verbose=0), atol=1e-5)
 fresh = keras.models.clone_model(small)
 assert all(layer.get_weights()[0].any() for layer in fresh.layers)  # initialised, and not by zeros
-fresh.compile("adam", own_loss)
-first, *_, last = fresh.fit(x, wanted, epochs=30, verbose=0).history["loss"]
-assert last < 0.5 * first, (first, last)
 """
 
 

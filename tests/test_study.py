@@ -24,7 +24,7 @@ import pytest
 import scipy.special
 import study
 import training
-from networks import INPUTS, bits, forward, gentle_network, images, network_of, predictions, random_network
+from networks import INPUTS, bits, chain, forward, gentle_network, images, network_of, predictions, random_network
 from study import Dataset, Trained, accuracy, load_dataset, loss, relu_network, repaired, sweep
 
 from pruning_utils import NEURON_CRITERIA, WEIGHT_CRITERIA, cost, prune_neurons, prune_weights, repair
@@ -33,14 +33,10 @@ HIDDEN = (20, 10)
 train = partial(study.train_networks, hidden=HIDDEN, epochs=2, batch_size=32, cache=None)
 measure = partial(sweep, sparsities=(0.0, 0.5), cache=None)
 assert_same = partial(pd.testing.assert_frame_equal, check_exact=True)
-
-
-def small_dataset():
-    """600 noisy training images of 16 pixels in 10 classes, and 100 test images."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 700).astype(np.int32)
-    pixels = np.clip(rng.random((10, 16))[labels] + rng.normal(0, 0.2, (700, 16)), 0, 1).astype(np.float32)
-    return Dataset("small", pixels[:600], labels[:600], pixels[600:], labels[600:], tuple("0123456789"))
+RNG = np.random.default_rng(0)  # 600 noisy training images of 16 pixels in 10 classes, and 100 test images
+LABELS = RNG.integers(0, 10, 700).astype(np.int32)
+PIXELS = np.clip(RNG.random((10, 16))[LABELS] + RNG.normal(0, 0.2, (700, 16)), 0, 1).astype(np.float32)
+DATASET = Dataset("small", PIXELS[:600], LABELS[:600], PIXELS[600:], LABELS[600:], tuple("0123456789"))
 
 
 def one_entry_changed(dataset):
@@ -55,13 +51,13 @@ def flipped(content, position, bit=7):
 
 
 @pytest.fixture(scope="module")
-def dataset():
-    return small_dataset()
+def pair():
+    return train(DATASET, (5, 7), epochs=0)[0]
 
 
 @pytest.fixture(scope="module")
-def pair(dataset):
-    return train(dataset, (5, 7), epochs=0)[0]
+def trained():
+    return train(DATASET, (0, 1, 2))
 
 
 @pytest.fixture
@@ -71,87 +67,65 @@ def set_policy():
     keras.config.set_dtype_policy(before)
 
 
-LABELS = "mnist/train-labels-idx1-ubyte"
-
-
-@pytest.mark.parametrize(("name", "dead_pixels", "first_class"), [("mnist", 67, 980), ("fashion-mnist", 0, 1000)])
-def test_images_are_rows_between_0_and_1_labels_are_classes_and_both_are_read_only(name, dead_pixels, first_class):
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_images_are_rows_between_0_and_1_labels_are_classes_and_both_are_read_only(name):
     data = load_dataset(name)
-    for x, y, count in ((data.x_train, data.y_train, 60_000), (data.x_test, data.y_test, 10_000)):
-        assert (x.shape, x.dtype, y.shape, y.dtype) == ((count, 784), np.float32, (count,), np.int32)
-        assert x.min() == 0 and x.max() == 1 and set(y) == set(range(len(data.class_names))) == set(range(10))
-        assert not x.flags.writeable and not y.flags.writeable
-    assert (np.sum(~data.x_train.any(axis=0)), np.sum(data.y_test == 0)) == (dead_pixels, first_class)
-    for array, file, header, scale in ((data.x_test, "images-idx3", 16, 255), (data.y_test, "labels-idx1", 8, 1)):
-        content = gzip.decompress((training.DATA / name / f"t10k-{file}-ubyte.gz").read_bytes())
-        np.testing.assert_array_equal(array.ravel() * scale, np.frombuffer(content[header:], np.uint8))
+    for part, x, y in (("train", data.x_train, data.y_train), ("t10k", data.x_test, data.y_test)):
+        assert (x.shape, x.dtype, y.dtype) == ((len(y), 784), np.float32, np.int32)
+        assert x.max() == 1 and set(y) == set(range(len(data.class_names)))
+        for array, file, header, scale in ((x, "images-idx3", 16, 255), (y, "labels-idx1", 8, 1)):
+            content = gzip.decompress((training.DATA / name / f"{part}-{file}-ubyte.gz").read_bytes())
+            np.testing.assert_array_equal(array.ravel() * scale, np.frombuffer(content[header:], np.uint8))
+            assert not array.flags.writeable
 
 
-DAMAGES = {
-    "cut": lambda good: good[:-1],
-    **{f"byte {at}": partial(flipped, position=at) for at in (0, 2, 2000, -6, -1)},  # magic to checksum and length
-    **{f"content {at}": lambda good, at=at: gzip.compress(flipped(gzip.decompress(good), at), 1) for at in (5, 5000)},
-    "missing": None,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_data_file_that_is_not_the_original_is_named_with_what_restores_it(tmp_path, damage):
-    folder, path = training.DATA / "mnist", tmp_path / f"{LABELS}.gz"
+def test_a_data_file_that_is_not_the_original_is_named_with_what_restores_it(tmp_path):
+    labels, folder = "mnist/train-labels-idx1-ubyte", training.DATA / "mnist"
+    path, good = tmp_path / f"{labels}.gz", (training.DATA / f"{labels}.gz").read_bytes()
     shutil.copytree(folder, tmp_path / "mnist", copy_function=lambda file, copy: Path(copy).symlink_to(file))
-    path.unlink()
-    if damage:
-        path.write_bytes(damage((folder / path.name).read_bytes()))
-    with pytest.raises(ValueError) as caught:
-        load_dataset("mnist", tmp_path)
-    for part in (str(path), training.DIGESTS[LABELS], f"git checkout -- data/{LABELS}.gz"):
-        assert part in str(caught.value)
+    other_content = gzip.compress(flipped(gzip.decompress(good), 5000), 1)
+    flips = [flipped(good, at) for at in (0, 2, 2000, -6, -1)]  # from the magic number to checksum and length
+    for damaged in (None, good[:-1], other_content, *flips):
+        path.unlink(missing_ok=True)  # at first it is a link to the original
+        if damaged:
+            path.write_bytes(damaged)
+        with pytest.raises(ValueError) as caught:
+            load_dataset("mnist", tmp_path)
+        parts = str(path), training.DIGESTS[labels], f"git checkout -- data/{labels}.gz"
+        assert all(part in str(caught.value) for part in parts)
 
 
-@pytest.fixture(scope="module")
-def trained(dataset):
-    return train(dataset, (0, 1, 2))
-
-
-def test_seed_alone_fixes_the_initial_weights_and_layers_start_differently_and_glorot_uniform():
-    keras.utils.set_random_seed(1)
-    first, limit = relu_network((500, 500), 500, seed=3), np.sqrt(6 / 1000)
-    keras.utils.set_random_seed(2)
-    assert bits(relu_network((500, 500), 500, seed=3)) == bits(first)
-    assert bits(relu_network((500, 500), 500, seed=4)) != bits(first)
-    kernels = np.stack(first.get_weights()[:2])
+def test_seed_alone_fixes_the_initial_weights_which_are_glorot_uniform_and_other_ones_in_every_layer():
+    first, again, other = (relu_network((100, 100), 100, seed=seed) for seed in (3, 3, 4))
+    assert bits(first) == bits(again) != bits(other)
+    kernels, limit = np.stack(first.get_weights()[:2]), np.sqrt(6 / 200)
     assert not np.array_equal(*kernels) and 0.99 * limit < np.abs(kernels).max() <= limit
-    assert kernels.std() == pytest.approx(limit / np.sqrt(3), rel=0.01)
 
 
-def test_training_starts_from_the_seed_and_learns(dataset, trained):
-    untrained, start = train(dataset, (0, 1, 2), epochs=0)
+def test_training_starts_from_the_seed_and_learns_and_its_history_is_tidy(trained):
+    (networks, history), (untrained, start) = trained, train(DATASET, (0, 1, 2), epochs=0)
     for each, seed in zip(untrained, (0, 1, 2), strict=True):
-        assert each.dataset is dataset and each.seed == seed
+        assert each.dataset is DATASET and each.seed == seed
         assert bits(each.network) == bits(relu_network(HIDDEN, 16, seed=seed))
-    first, last = (trained[1][trained[1]["epoch"] == epoch].reset_index(drop=True) for epoch in (0, 2))
+    assert list(history) == ["dataset", "seed", "epoch", "images", "loss", "accuracy"]
+    keys = [("small", seed, epoch, part) for seed in (0, 1, 2) for epoch in (0, 1, 2) for part in ("train", "test")]
+    assert list(history.iloc[:, :4].itertuples(index=False, name=None)) == keys
+    first, last = (history[history["epoch"] == epoch].reset_index(drop=True) for epoch in (0, 2))
     assert_same(start, first)
     assert (last["loss"] < first["loss"]).all()
+    for each, row in zip(networks, last.query("images == 'test'").itertuples(), strict=True):
+        assert row.accuracy == accuracy(each.network, DATASET.x_test, DATASET.y_test)
+        assert row.loss == pytest.approx(loss(each.network, DATASET.x_test, DATASET.y_test), rel=1e-5)
 
 
 @pytest.mark.parametrize(("seeds", "side_by_side"), [((0,), 5), ((2,), 5), ((2, 0, 1), 2)])
-def test_a_network_side_by_side_with_others_in_any_order_is_as_if_alone(dataset, trained, seeds, side_by_side):
-    networks, history = train(dataset, seeds, side_by_side=side_by_side)
+def test_a_network_side_by_side_with_others_in_any_order_is_as_if_alone(trained, seeds, side_by_side):
+    networks, history = train(DATASET, seeds, side_by_side=side_by_side)
     for each, seed in zip(networks, seeds, strict=True):
         for weight, expected in zip(each.network.get_weights(), trained[0][seed].network.get_weights(), strict=True):
             np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=1e-5)
     expected = pd.concat([trained[1][trained[1]["seed"] == seed] for seed in seeds], ignore_index=True)
     pd.testing.assert_frame_equal(history, expected, rtol=1e-4)
-
-
-def test_history_is_tidy(dataset, trained):
-    networks, history = trained
-    assert list(history) == ["dataset", "seed", "epoch", "images", "loss", "accuracy"]
-    keys = [("small", seed, epoch, part) for seed in (0, 1, 2) for epoch in (0, 1, 2) for part in ("train", "test")]
-    assert list(history.iloc[:, :4].itertuples(index=False, name=None)) == keys
-    for each, row in zip(networks, history.query("epoch == 2 and images == 'test'").itertuples(), strict=True):
-        assert row.accuracy == accuracy(each.network, dataset.x_test, dataset.y_test)
-        assert row.loss == pytest.approx(loss(each.network, dataset.x_test, dataset.y_test), rel=1e-5)
 
 
 @pytest.mark.skipif(training.BACKEND != "tensorflow", reason="other backends train with the stock optimizer")
@@ -169,14 +143,14 @@ def test_fused_adam_is_keras_adam():
     assert np.abs(ends[0][0] - start).min() > 1e-3
 
 
-def test_a_data_set_that_cannot_be_used_is_refused_before_anything_is_trained(dataset, groups, tmp_path):
+def test_a_data_set_that_cannot_be_used_is_refused_before_anything_is_trained(groups, tmp_path):
     for change, message in (
         ({"y_train": np.full(600, -1)}, "classes 0 to 9.*-1"),
         ({"y_test": np.full(100, 10)}, "classes 0 to 9.*10"),
         ({"name": "../small"}, r"'\.\./small.*slash"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(dataset._replace(**change), (0,), cache=tmp_path / "cache")
+            train(DATASET._replace(**change), (0,), cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"'cifar'.*mnist.*fashion-mnist"):
         load_dataset("cifar")
     assert groups == [] and not list(tmp_path.iterdir())
@@ -198,27 +172,27 @@ def groups(monkeypatch):
     return trained_groups
 
 
-@pytest.fixture
-def stored(dataset, tmp_path):
-    train(dataset, (0,), epochs=0, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    return path
-
-
-def test_what_comes_from_the_cache_is_what_was_trained_bit_for_bit(dataset, groups, tmp_path):
-    networks, history = train(dataset, (0, 1), epochs=1, cache=tmp_path)
-    cached, cached_history = train(dataset, (1, 0), epochs=1, side_by_side=1, cache=tmp_path)
+def test_what_comes_from_the_cache_is_what_was_trained_bit_for_bit_and_after_ctrl_c_the_rest_is_trained(
+    groups, tmp_path
+):
+    run = partial(train, DATASET, epochs=1, cache=tmp_path)
+    networks, history = run((0, 1))
+    cached, cached_history = run((1, 0), side_by_side=1)
     assert groups == [[0, 1]] and len(list(tmp_path.iterdir())) == 2
     assert [bits(each.network) for each in cached] == [bits(each.network) for each in networks[::-1]]
     assert_same(pd.concat([cached_history.query(f"seed == {seed}") for seed in (0, 1)], ignore_index=True), history)
+    with pytest.raises(KeyboardInterrupt):
+        run((2, 99, 3), side_by_side=1)
+    assert sorted(path.name.split("-")[2] for path in tmp_path.iterdir()) == ["0", "1", "2"]
+    assert [each.seed for each in run((0, 1, 2, 3))[0]] == [0, 1, 2, 3] and groups == [[0, 1], [2], [3]]
 
 
-def test_whatever_determines_the_result_is_part_of_the_key(dataset, groups, tmp_path, set_policy, monkeypatch):
+def test_whatever_determines_the_result_is_part_of_the_key(groups, tmp_path, set_policy, monkeypatch):
     decay = [keras.optimizers.schedules.ExponentialDecay(1e-2, 10, rate) for rate in (0.9, 0.8)]
-    runs = [{"dataset": changed} for changed in one_entry_changed(dataset)]
+    runs = [{"dataset": changed} for changed in one_entry_changed(DATASET)]
     runs += [{"learning_rate": rate} for rate in (1e-2, *decay)] + [{"epochs": 1}, {"seeds": (3,)}]
     runs += [{"hidden": (20, 11)}, {"batch_size": 16}, {"use_bias": True}]
-    runs = [{"dataset": dataset, "seeds": (0,), "epochs": 0, "cache": tmp_path} | run for run in ({}, *runs)]
+    runs = [{"dataset": DATASET, "seeds": (0,), "epochs": 0, "cache": tmp_path} | run for run in ({}, *runs)]
     for _ in range(2):  # the second time, all of them come from the cache
         networks = [train(**run)[0][0].network for run in runs]
         assert len(groups) == len(list(tmp_path.iterdir())) == len(runs)
@@ -230,8 +204,19 @@ def test_whatever_determines_the_result_is_part_of_the_key(dataset, groups, tmp_
     assert len(groups) == len(runs) + 2 and training.cache_key("ab", "c") != training.cache_key("a", "bc")
 
 
-def test_a_damaged_file_is_named_in_a_warning_trained_again_and_replaced(dataset, groups, stored):
-    good, arrays, header = stored.read_bytes(), dict(np.load(stored)), io.BytesIO()
+MEMORY, ELSEWHERE = Path("/proc/self/statm"), os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def start(script, folder):
+    script = f"import os, pathlib\nfrom test_study import *\nfolder = pathlib.Path({str(folder)!r})\n{script}"
+    return subprocess.Popen([sys.executable, "-c", script], env=ELSEWHERE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_damaged_file_is_named_in_a_warning_trained_again_and_replaced_by_a_whole_one_or_not_at_all(groups, tmp_path):
+    retrain = partial(train, DATASET, (0,), epochs=0, cache=tmp_path)
+    retrain()
+    (path,) = tmp_path.iterdir()
+    good, arrays, header = path.read_bytes(), dict(np.load(path)), io.BytesIO()
     single, huge, nan_weight, nan_loss = files = [io.BytesIO() for _ in range(4)]
     np.save(single, np.zeros(3))
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**50, 2)})
@@ -242,142 +227,91 @@ def test_a_damaged_file_is_named_in_a_warning_trained_again_and_replaced(dataset
     size, content = good.index(b"(16, 20)"), good.index(b"NUMPY")
     flips = [flipped(good, *spot) for spot in ((size + 2, 2), (size + 5, 0), (content + 200, 7), (content + 700, 0))]
     for damaged in (b"", good[:10], good[: len(good) // 2], good[:-1], *flips, *(file.getvalue() for file in files)):
-        stored.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=f"{stored.name} is damaged"):
-            train(dataset, (0,), epochs=0, cache=stored.parent)
-        assert stored.read_bytes() == good and list(stored.parent.iterdir()) == [stored]
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+            retrain()
+        assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
     assert groups == [[0]] * 13
+    path.write_bytes(good[:-1])  # so that another process trains again; it is killed while it writes
+    process = start("os.replace = lambda *_: os._exit(9)\ntrain(DATASET, (0,), epochs=0, cache=folder)", tmp_path)
+    assert process.wait(120) == 9, process.stderr.read()
+    assert path.read_bytes() == good[:-1]
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning_and_not_the_networks(dataset, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_not_the_networks(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="file.*could not be written"):
-        assert len(train(dataset, (0,), epochs=0, cache=tmp_path / "file")[0]) == 1
+        assert len(train(DATASET, (0,), epochs=0, cache=tmp_path / "file")[0]) == 1
     monkeypatch.setattr(np, "savez", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left"):
-        networks, _ = train(dataset, (0, 1), epochs=0, cache=tmp_path)
+        networks, _ = train(DATASET, (0, 1), epochs=0, cache=tmp_path)
     with pytest.warns(UserWarning, match="No space left"):
         assert len(measure(networks, {"m": prune_weights}, cache=tmp_path)) == 4
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_after_ctrl_c_only_the_rest_is_trained(dataset, groups, tmp_path):
-    one_by_one = partial(train, dataset, epochs=0, side_by_side=1, cache=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        one_by_one((0, 99, 2))
-    assert [path.name.split("-")[2] for path in tmp_path.iterdir()] == ["0"]
-    networks, history = one_by_one((0, 1, 2))
-    assert groups == [[0], [1], [2]]
-    assert len(networks) == 3 and history["seed"].unique().tolist() == [0, 1, 2]
-
-
-MEMORY, ELSEWHERE = Path("/proc/self/statm"), os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def start(script, folder):
-    script = f"import os, pathlib\nfrom test_study import *\nfolder = pathlib.Path({str(folder)!r})\n{script}"
-    return subprocess.Popen([sys.executable, "-c", script], env=ELSEWHERE, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_process_killed_while_writing_leaves_the_old_file(stored):
-    damaged = stored.read_bytes()[:-1]  # so that the process trains again and writes
-    stored.write_bytes(damaged)
-    killed = "os.replace = lambda *_: os._exit(9)\ntrain(small_dataset(), (0,), epochs=0, cache=folder)"
-    process = start(killed, stored.parent)
-    assert process.wait(120) == 9, process.stderr.read()
-    assert stored.read_bytes() == damaged
-
-
-def test_two_processes_that_train_the_same_network_both_finish_with_one_valid_file(dataset, groups, tmp_path):
+def test_two_processes_that_train_the_same_network_both_finish_with_one_valid_file(groups, tmp_path):
     script = "(folder / f'{os.getpid()}.ready').touch()\nwhile len(list(folder.glob('*.ready'))) < 2:\n    pass\n"
-    script += "train(small_dataset(), (0,), epochs=1, cache=folder / 'cache')"
+    script += "train(DATASET, (0,), epochs=1, cache=folder / 'cache')"
     processes = [start(script, tmp_path) for _ in range(2)]
     for process in processes:
         assert process.wait(120) == 0, process.stderr.read()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
-    train(dataset, (0,), epochs=1, cache=tmp_path / "cache")
+    train(DATASET, (0,), epochs=1, cache=tmp_path / "cache")
     assert groups == []
 
 
-def test_importing_is_silent_needs_no_network_and_no_stderr():
+def test_importing_needs_neither_a_network_nor_stderr():
     hook = "event.startswith(('socket.connect', 'socket.getaddrinfo')) and sys.exit('network!')"
     script = f"import sys; sys.addaudithook(lambda event, _: {hook}); import study"
-    done = subprocess.run([sys.executable, "-c", script], env=ELSEWHERE, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    without = f"'{sys.executable}' -c 'import pruning_utils, study' 2>&-"
-    assert subprocess.run(without, shell=True, env=ELSEWHERE).returncode == 0
-
-
-def test_tqdm_disable_hides_progress_bars_also_in_notebooks(monkeypatch):
-    bars = []
-    monkeypatch.setattr(training, "tqdm", lambda steps, *_, **options: bars.append(options["disable"]) or steps)
-    for value in ("1", "", "0"):
-        monkeypatch.setenv("TQDM_DISABLE", value)
-        study.time_in_turn({"nothing": dict}, rounds=1, seconds=0)
-    assert bars == [True, False, False]
+    subprocess.run(["sh", "-c", '"$0" -c "$1" 2>&-', sys.executable, script], env=ELSEWHERE, check=True)
 
 
 @pytest.mark.skipif(training.BACKEND != "tensorflow" or not MEMORY.exists(), reason="TensorFlow leaked; Linux tells")
 def test_memory_stays_flat_over_trainings():
-    rng, sizes = np.random.default_rng(0), []
-    x, y = rng.random((20_000, 784), np.float32), rng.integers(0, 10, 20_000).astype(np.int32)
+    x, y, sizes = np.random.default_rng(0).random((20_000, 784), np.float32), np.zeros(20_000, np.int32), []
+    noise = DATASET._replace(x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
     for _ in range(5):
-        noise = Dataset("noise", x, y, x[:10], y[:10], tuple("0123456789"))
         train(noise, (0,), hidden=(4,), epochs=1, batch_size=5000)
         sizes.append(int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     assert sizes[-1] - sizes[1] < 100e6
-
-
-def ending_in(*layers):
-    """The logits of a gentle network, and what these layers make of them."""
-    return keras.Sequential([keras.Input((INPUTS,)), *gentle_network().layers, *layers])
 
 
 def numpy_loss(logits, y):
     return -np.mean(scipy.special.log_softmax(logits.astype(float), axis=1)[np.arange(len(y)), y])
 
 
-@pytest.mark.parametrize("layers", [(), (keras.layers.Activation("softmax"),)])
-def test_accuracy_and_loss_equal_plain_numpy_from_logits_and_from_probabilities(layers):
+def test_accuracy_and_loss_equal_plain_numpy_from_logits_from_probabilities_and_in_half_precision(set_policy):
     x, y = images(200)
     logits = forward(gentle_network(), x)[1][-1]
-    assert loss(ending_in(*layers), x, y) == pytest.approx(numpy_loss(logits, y), rel=1e-5)
-    assert accuracy(ending_in(*layers), x, y) == np.mean(logits.argmax(axis=1) == y)
+    for end in ((), (keras.layers.Activation("softmax"),)):
+        network = chain(*gentle_network().layers, *end)
+        assert loss(network, x, y) == pytest.approx(numpy_loss(logits, y), rel=1e-5)
+        assert accuracy(network, x, y) == np.mean(logits.argmax(axis=1) == y)
     all_zero = network_of(np.zeros((2, 3)), np.zeros((3, 4)))  # equal outputs count for the first class
     assert accuracy(all_zero, np.ones((4, 2)), np.array([0, 1, 0, 3])) == 0.5
-
-
-def test_other_ways_to_end_in_a_softmax_are_refused_or_measured_right():
-    (x, y), softmax = images(200), keras.layers.Activation("softmax")
-    own = keras.layers.Activation(lambda logits: keras.ops.softmax(logits))
-    ends = (keras.layers.Flatten(), keras.layers.Dropout(0.5), keras.layers.Activation("linear"))
-    for layers in ((keras.layers.Softmax(),), (own,), *((softmax, end) for end in ends)):
-        try:
-            assert loss(ending_in(*layers), x, y) == pytest.approx(loss(gentle_network(), x, y), rel=1e-5)
-        except ValueError as error:
-            assert "softmax" in str(error)
-
-
-def test_the_loss_of_a_half_precision_network_is_added_up_in_float32(set_policy):
     set_policy("float16")
-    network, (x, y) = gentle_network(), images(200)
-    network.layers[-1].kernel.assign(300 * network.layers[-1].kernel)
-    assert loss(network, x, y) == pytest.approx(numpy_loss(predictions(network, x), y), rel=1e-2)
+    half = gentle_network()
+    half.layers[-1].kernel.assign(300 * half.layers[-1].kernel)
+    assert loss(half, x, y) == pytest.approx(numpy_loss(predictions(half, x), y), rel=1e-2)
 
 
 @pytest.mark.parametrize("measured", [accuracy, loss])
 def test_what_cannot_be_measured_is_refused(measured):
     network, one, x, y = random_network(), random_network(classes=1), np.ones((5, INPUTS)), np.zeros(5, int)
     infinite, nan = network_of(*[np.full((6, 6), 1e30)] * 3), network_of(np.full((6, 3), np.nan), np.ones((3, 4)))
+    softmax, own = (keras.layers.Activation(function) for function in ("softmax", lambda t: keras.ops.softmax(t)))
+    last = keras.layers.Flatten(), keras.layers.Dropout(0.5), keras.layers.Activation("linear")
+    ends = [[keras.layers.Dense(1, "sigmoid")], [keras.layers.Softmax()], [own], *([softmax, layer] for layer in last)]
     for arguments, message in (
         ((network, np.ones((5, 7)), y), r"\(5, 7\).*\(None, 6\)"),
         ((network, x, np.zeros(5)), "integer label.*float64"),
         ((network, x, y + 4), "classes 0 to 3.*4"),
         ((network, x, y - 1), "classes 0 to 3.*-1"),
         ((one, x, y), "label"),
-        ((ending_in(keras.layers.Dense(1, "sigmoid")), x, y), "softmax"),
         ((infinite, x, y), "NaN or inf"),
         ((nan, x, y), "NaN or inf"),
+        *(((chain(*gentle_network().layers, *end), x, y), "softmax") for end in ends),
     ):
         with pytest.raises(ValueError, match=message):
             measured(*arguments)
@@ -387,20 +321,19 @@ METHODS = {"weights": prune_weights, "taylor": partial(prune_neurons, criterion=
 METHODS["repaired"] = partial(repaired, partial(prune_neurons, criterion="random"))
 
 
-def test_a_row_says_what_measuring_the_pruned_network_by_hand_says(dataset, pair, monkeypatch):
+def test_a_row_says_what_measuring_the_pruned_network_by_hand_says(pair, monkeypatch):
     monkeypatch.setattr(study, "METHOD_IMAGES", 60)
-    x, y = dataset.x_train[:60], dataset.y_train[:60]
+    x, y = DATASET.x_train[:60], DATASET.y_train[:60]
     frame = measure(iter(pair), METHODS, sparsities=(sparsity for sparsity in (0.0, 0.5, 1.0)))
-    names = ["dataset", "method", "seed", "sparsity", "accuracy", "loss", "weights_left", "multiply_adds"]
-    assert list(frame) == names and set(frame["dataset"]) == {"small"}
+    assert list(frame) == ["dataset", "method", "seed", "sparsity", "accuracy", "loss", "weights_left", "multiply_adds"]
     grid = [(method, seed, sparsity) for method in METHODS for seed in (5, 7) for sparsity in (0.0, 0.5, 1.0)]
     for row, (method, seed, sparsity) in zip(frame.itertuples(), grid, strict=True):
-        assert (row.method, row.seed, row.sparsity) == (method, seed, sparsity)
+        assert (row.dataset, row.method, row.seed, row.sparsity) == ("small", method, seed, sparsity)
         network = relu_network(HIDDEN, 16, seed=seed)
         pruned = METHODS[method](network, sparsity, x=x, y=y, seed=seed)
         if method == "repaired":
             assert bits(pruned) == bits(repair(prune_neurons(network, sparsity, "random", seed=seed), network, x))
-        assert (row.accuracy, row.loss) == tuple(f(pruned, dataset.x_test, dataset.y_test) for f in (accuracy, loss))
+        assert (row.accuracy, row.loss) == tuple(f(pruned, DATASET.x_test, DATASET.y_test) for f in (accuracy, loss))
         assert (row.weights_left, row.multiply_adds) == (cost(pruned)["weights_left"], cost(pruned)["multiply_adds"])
 
 
@@ -410,42 +343,31 @@ def fails_for_5(network, sparsity, *, x, y, seed):
     return network
 
 
-def test_a_method_that_fails_is_named_and_everything_else_is_measured(pair):
+def test_a_method_that_fails_is_named_the_rest_is_measured_and_the_garbage_collector_is_left_alone(pair):
+    gc.freeze()
+    frozen = gc.get_freeze_count()
     with pytest.raises(RuntimeError, match=r"'fails' failed on small, seed 5, at sparsity 0.0.*no luck") as caught:
         measure(pair, {"fails": fails_for_5, "works": prune_weights})
+    still = gc.get_freeze_count()
+    gc.unfreeze()
+    assert still > 0.99 * frozen > 0 and gc.isenabled()
     rows = caught.value.rows
     assert rows[["method", "seed", "sparsity"]].iloc[0].tolist() == ["fails", 7, 0.0]
     assert_same(rows.iloc[1:].reset_index(drop=True), measure(pair, {"works": prune_weights}))
 
 
-def test_a_sweep_leaves_the_garbage_collector_alone(pair):
-    gc.freeze()
-    frozen = gc.get_freeze_count()
-    measure(pair, {"m": prune_weights})
-    still = gc.get_freeze_count()
-    gc.unfreeze()
-    assert still > 0.99 * frozen > 0 and gc.isenabled()
-
-
-def with_activation(each, function, name):
-    """A small network with a function of the reader's own of this name, and always the same names and weights."""
-    function.__name__ = name
-    layers = [keras.layers.Dense(8, function, name="hidden"), keras.layers.Dense(10, name="logits")]
-    network = keras.Sequential([keras.Input((16,), name="input"), *layers], name="network")
-    network.set_weights([np.random.default_rng(0).normal(size=weight.shape) for weight in network.get_weights()])
-    return each._replace(network=network)
+def with_activation(each, function):
+    """A network with a function of the reader's own that is called relu."""
+    function.__name__ = "relu"
+    normal = np.random.default_rng(0).normal
+    return each._replace(network=network_of(normal(size=(16, 8)), normal(size=(8, 10)), activation=function))
 
 
 @pytest.mark.parametrize("where", ["processes", "a cluster"])
 def test_elsewhere_the_same_rows_are_found_in_the_same_order_and_the_same_error(pair, where):
-    """On data sets that `load_dataset` does not know and does, with an activation and methods of the reader's own."""
-    mnist = Trained(load_dataset("mnist"), 0, relu_network(HIDDEN, seed=0))
-    trained = [*pair, with_activation(pair[1], lambda sums: keras.ops.clip(sums, 0.0, 0.5), "relu"), mnist]
-    methods = {
-        "ours": METHODS["taylor"],
-        "own": lambda n, share, **_: prune_weights(n, share / 2),
-        "fails": fails_for_5,
-    }
+    mnist = Trained(load_dataset("mnist"), 0, relu_network(HIDDEN, seed=0))  # data that need not travel
+    trained = [*pair, with_activation(pair[1], lambda sums: keras.ops.clip(sums, 0.0, 0.5)), mnist]
+    methods = {"ours": METHODS["taylor"], "own": lambda n, s, **_: prune_weights(n, s / 2), "fails": fails_for_5}
     with pytest.raises(RuntimeError) as here:
         measure(trained, methods)
     with contextlib.ExitStack() as stack:
@@ -457,8 +379,8 @@ def test_elsewhere_the_same_rows_are_found_in_the_same_order_and_the_same_error(
         there = stack.enter_context(pytest.raises(RuntimeError))
         measure(trained, methods, n_jobs=2 if where == "processes" else None)
     pd.testing.assert_frame_equal(there.value.rows, here.value.rows, rtol=1e-5)
-    expected = r"'fails' failed on small, seed 5, at sparsity 0.0.*no luck in process"
-    assert re.search(expected, str(there.value)) and f"process {os.getpid()}" not in str(there.value)
+    assert re.search(r"'fails' failed on small, seed 5, at sparsity 0.0.*no luck in process", str(there.value))
+    assert f"process {os.getpid()}" not in str(there.value)
 
 
 def test_rows_from_the_cache_are_those_that_were_measured_also_if_a_file_is_damaged(pair, tmp_path):
@@ -467,15 +389,13 @@ def test_rows_from_the_cache_are_those_that_were_measured_also_if_a_file_is_dama
     measured = measure(trained, METHODS, cache=tmp_path)
     again = [each._replace(network=relu_network(HIDDEN, 16, seed=each.seed)) for each in trained]
     assert_same(measured, measure(again, METHODS))
-    assert_same(measured, measure(again, METHODS, cache=tmp_path))
     paths = list(tmp_path.iterdir())
     good = paths[0].read_bytes()
     assert len(paths) == 9
-    for damaged in (good[:-1], flipped(good, good.index(b"NUMPY") + 130)):
-        paths[0].write_bytes(damaged)
-        with pytest.warns(UserWarning, match=f"{paths[0].name} is damaged"):
-            assert_same(measured, measure(again, METHODS, cache=tmp_path))
-        assert paths[0].read_bytes() == good
+    paths[0].write_bytes(flipped(good, good.index(b"NUMPY") + 130))
+    with pytest.warns(UserWarning, match=f"{paths[0].name} is damaged"):
+        assert_same(measured, measure(again, METHODS, cache=tmp_path))
+    assert paths[0].read_bytes() == good
     for path in paths:
         arrays = dict(np.load(path))
         np.savez(path, **arrays | {"accuracy": arrays["accuracy"] + 1})
@@ -496,51 +416,40 @@ def test_whatever_determines_the_rows_is_part_of_the_name_of_their_file(pair, tm
         assert len(list(tmp_path.iterdir())) == count
 
 
-def test_activations_that_share_a_name_do_not_share_rows(pair, tmp_path):
-    for function in (lambda sums: keras.ops.relu(sums), lambda sums: keras.ops.tanh(sums)):
-        own = [with_activation(pair[0], function, "own")]
-        assert_same(measure(own, {"m": prune_weights}, cache=tmp_path), measure(own, {"m": prune_weights}))
-
-
 def test_what_our_functions_found_before_a_failure_or_ctrl_c_is_kept_and_what_a_readers_own_did_never(pair, tmp_path):
     own, stops = lambda network, *_, **__: network, Mock(side_effect=KeyboardInterrupt)
     methods = {"ours": prune_weights, "fails": partial(prune_weights, criterion="none"), "a": own, "b": partial(own)}
+    trained = [*pair, with_activation(pair[0], lambda sums: keras.ops.tanh(sums))]
     with pytest.raises(KeyboardInterrupt):
-        measure(pair, methods | {"c": partial(repaired, own), "stops": stops}, cache=tmp_path)
+        measure(trained, methods | {"c": partial(repaired, own), "stops": stops}, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize(("criteria", "name"), [(NEURON_CRITERIA, "mine"), (WEIGHT_CRITERIA, "magnitude")])
-def test_a_criterion_of_the_readers_own_switches_the_cache_off(pair, tmp_path, monkeypatch, criteria, name):
-    plain = measure(pair, {"m": prune_weights}, cache=tmp_path)
-    monkeypatch.setitem(criteria, name, lambda network: [-abs(kernel) for kernel in network.get_weights()[:-2]])
-    assert measure(pair, {"m": prune_weights}, cache=tmp_path).equals(plain) == (name == "mine")
+@pytest.mark.parametrize(("prune", "criteria"), [(prune_neurons, NEURON_CRITERIA), (prune_weights, WEIGHT_CRITERIA)])
+def test_a_criterion_of_the_readers_own_switches_the_cache_off(pair, tmp_path, monkeypatch, prune, criteria):
+    plain, (default, ours) = measure(pair, {"m": prune}, cache=tmp_path), next(iter(criteria.items()))
+    monkeypatch.setitem(criteria, default, lambda network: [-score for score in ours(network)])
+    assert not measure(pair, {"m": prune}, cache=tmp_path).equals(plain)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def curve(accuracies, sparsities=(0.0, 0.5, 0.9), method="m", seed=0):
-    columns = {"dataset": "d", "method": method, "seed": seed, "sparsity": sparsities, "accuracy": accuracies}
-    return pd.DataFrame(columns)
+def curve(accuracy, sparsities=(0.0, 0.5, 0.9), method="m", seed=0):
+    return pd.DataFrame({"dataset": "d", "method": method, "seed": seed, "sparsity": sparsities, "accuracy": accuracy})
 
 
-def test_sparsity_at_drop_by_hand():
+def test_sparsity_at_drop_by_hand_and_never_by_a_guess():
     frame = curve([0.98, 0.96, 0.48]).iloc[[2, 0, 1]]
     for drop, where in ((1, 0.25), (2, 0.5), (10, 0.5 + 0.4 * 8 / 48), (50, 0.9), (50.1, np.nan)):
         assert study.sparsity_at_drop(frame, drop)["sparsity"].item() == pytest.approx(where, nan_ok=True)
+    refused = [(frame, drop, "positive") for drop in (0, -1, np.nan)]
+    refused += [(odd, 1, "each sparsity once") for odd in (frame[frame["sparsity"] > 0], pd.concat([frame, frame]))]
+    for odd, drop, message in refused:
+        with pytest.raises(ValueError, match=message):
+            study.sparsity_at_drop(odd, drop)
     frame = pd.concat([curve([0.9, 0.7, 0.9]), curve([0.8, 0.9, 0.6], seed=1), curve([0.9, 0.9, 0.9], method="n")])
     found = study.sparsity_at_drop(frame, 10)
     assert found[["dataset", "method", "seed"]].to_numpy().tolist() == [["d", "m", 0], ["d", "m", 1], ["d", "n", 0]]
     np.testing.assert_allclose(found["sparsity"], [0.25, 0.5 + 0.4 * 20 / 30, np.nan])
-
-
-def test_sparsity_at_drop_never_guesses():
-    frame = curve([0.98, 0.96, 0.48])
-    for drop in (0, -1, np.nan):
-        with pytest.raises(ValueError, match="positive"):
-            study.sparsity_at_drop(frame, drop)
-    for odd, message in ((frame[1:], "sparsity 0"), (pd.concat([frame, frame]), "once")):
-        with pytest.raises(ValueError, match=message):
-            study.sparsity_at_drop(odd, 1)
 
 
 def test_the_table_shows_percent_over_seeds_with_sparsities_down_and_methods_across():
@@ -563,38 +472,29 @@ def test_accuracy_at_weights_left_by_hand():
             study.at_weights_left(frame, budgets)
 
 
-def test_a_mean_is_text_with_the_sample_standard_deviation_or_students_interval():
-    assert study.mean_sd([90.0, 92.0, 91.0]) == "91.0 ± 1.0"
+def test_means_intervals_and_verdicts_by_hand():
+    assert doctest.testmod(study) == (0, 3)
     assert study.mean_sd(np.array([1200, 1300, 1400]), digits=0) == "1300 ± 100"
     # By hand: sd 1, so the standard error is 1 / sqrt(3), and t(0.975; 2 degrees of freedom) = 4.3027.
-    assert study.mean_interval(np.array([90.0, 92.0, 91.0]), digits=4) == "91.0000 ± 2.4841"
+    values = [90.0, 92.0, 91.0]
+    assert study.mean_interval(np.array(values), digits=4) == "91.0000 ± 2.4841"  # from 88.52 to 93.48
     assert study.mean_interval([0.1] * 3) == "0.1 ± 0.0"
-    for values in ([], [1.0], [1.0, np.nan], [1.0, np.inf]):
+    for limit, expected in ((88.4, "supported"), (88.6, "undecided"), (93.6, "refuted")):
+        assert study.verdict(values, at_least=limit) == expected
+    for limit, expected in ((93.6, "supported"), (93.4, "undecided"), (88.4, "refuted")):
+        assert study.verdict(values, at_most=limit) == expected
+    assert study.verdict(values, 90, 92) == "undecided"
+    for odd in ([], [1.0], [1.0, np.nan], [1.0, np.inf]):
         for summary in (study.mean_sd, study.mean_interval, study.verdict):
             with pytest.raises(ValueError, match="two or more finite values"):
-                summary(values)
-
-
-def test_verdict_asks_whether_the_whole_interval_lies_in_the_range():
-    for limit, expected in ((88.4, "supported"), (88.6, "undecided"), (93.6, "refuted")):  # it is 88.52 to 93.48
-        assert study.verdict([90.0, 92.0, 91.0], at_least=limit) == expected
-    for limit, expected in ((93.6, "supported"), (93.4, "undecided"), (88.4, "refuted")):
-        assert study.verdict([90.0, 92.0, 91.0], at_most=limit) == expected
-    assert study.verdict([90.0, 92.0, 91.0], 90, 92) == "undecided"
+                summary(odd)
 
 
 def test_contenders_take_turns_their_first_calls_do_not_count_and_what_is_quick_is_repeated(monkeypatch):
-    calls, seconds = [], {"slow": 4.0, "quick": 1.0}
-
-    def timeit(run, number):  # a call takes the same time, whatever this machine is busy with
-        return sum(seconds[run()] for _ in range(number))
-
-    monkeypatch.setattr("timeit.timeit", timeit)
-    contenders = {name: lambda name=name: calls.append(name) or name for name in seconds}
+    calls = []
+    # A call takes the seconds that it returns, whatever this machine is busy with.
+    monkeypatch.setattr("timeit.timeit", lambda run, number: sum(run() for _ in range(number)))
+    contenders = {"slow": lambda: calls.append("slow") or 4.0, "quick": lambda: calls.append("quick") or 1.0}
     frame = study.time_in_turn(contenders, rounds=3, seconds=2)
     assert calls == ["slow", "slow", "quick", "quick", *["slow", "quick", "quick"] * 3]
     assert frame.to_dict("list") == {"slow": [4.0] * 3, "quick": [1.0] * 3}
-
-
-def test_doctests():
-    assert doctest.testmod(study) == (0, 3)

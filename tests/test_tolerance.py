@@ -18,7 +18,6 @@ norm         90 %    91.0 ± 2.7
 random       90 %    35.2 ± 5.1
 
 67 dead pixels, 2,384,000 weights"""
-HTML = "<tr><th>norm</th><td>90 %</td><td>91.0 ± 2.7</td></tr>"
 
 
 def equal(first: str, second: str) -> bool:
@@ -33,19 +32,14 @@ def equal(first: str, second: str) -> bool:
     ("first", "second"),
     [
         ("91.0 ± 1.0", "97.1 ± 1.0"),  # 3 (1 + 1) + 0.1
-        ("91.0 ± 0.0", "91.1 ± 0.0"),  # one unit of the last digit
-        ("91 ± 0", "92 ± 0"),
-        ("91.0 ± 0.1", "91.9 ± 0.2"),  # 0.9 <= 3 (0.1 + 0.2) + 0.1
-        ("-0.1 ± 0.1", "0.2 ± 0.1"),
-        ("\u22120.1 ± 0.1", "-0.1 ± 0.1"),
-        ("+0.1 ± 0.1", "-0.1 ± 0.1"),
+        ("91.0 ± 0.0, 91 ± 0", "91.1 ± 0.0, 92 ± 0"),  # one unit of the last digit
+        ("\u22120.1 ± 0.1, +0.1 ± 0.1", "-0.1 ± 0.1, -0.1 ± 0.1"),
         ("999.5 ± 3.2", "1,001.5 ± 3.2"),
         ("1,234,567 ± 9", "1,234,571 ± 9"),
         ("3.1 ± 0.2x, 3.1 ± 0.2.", "3.2 ± 0.2x, 3.0 ± 0.2."),
         (TABLE, TABLE.replace("91.0", "92.9").replace("35.2 ", "41.2 ")),
         (TABLE, TABLE.replace("    91.0 ± 2.7", "  100.0 ± 12.7").replace("---\n", "----\n")),
         (" sd\n1.0 ± 0.1", "  sd\n 1.0 ± 0.1"),
-        (HTML, HTML.replace("91.0", "89.2")),
         ("nan ± nan", "nan ± nan"),
     ],
 )
@@ -58,39 +52,28 @@ def test_equal(first, second):
     [
         ("91.0 ± 1.0", "97.2 ± 1.0"),
         ("91.0 ± 0.0", "91.2 ± 0.0"),
-        ("91.0 ± 2.7", "64.0 ± 2.7"),  # ten times its ±
         ("1.0 ± 0.1", "-1.0 ± 0.1"),
         ("1,234 ± 1", "2,234 ± 1"),
         ("91.0 ± 2.7", "91.00 ± 2.7"),  # another number of digits
         ("91.0 ± 2.7", "91.0 ± 2.70"),
         ("91.0 ± 2.7", "91.0 ± "),
         ("91.0 ± 2.7", "nan ± nan"),
-        ("91.0 ± 2.7", "91.0 ± inf"),
         ("1e-5 ± 1e-6", "2e-5 ± 1e-6"),  # no such notation: compared strictly
         ("1.0 ± 1.0e-9", "1.1 ± 1.0e-9"),
         ("1e-1 ± 2", "1e-2 ± 2"),
         ("1,23 ± 4", "1,29 ± 4"),
         ("1.0 ± 0.1 2.0 ± 0.1", "2.0 ± 0.1 1.0 ± 0.1"),
-        (TABLE, TABLE.replace("accuracy", "loss")),
         (TABLE, TABLE.replace("random       90 %    35.2 ± 5.1\n", "")),
-        (TABLE, TABLE.replace("67", "68")),
         (TABLE, TABLE.replace("norm         90 %", "norm         95 %")),
         (TABLE, TABLE.replace("\n\n", "\n")),
-        (HTML, HTML.replace("norm", "random")),
-        (HTML, HTML.replace("<td>91.0 ± 2.7</td>", "<td>64.0 ± 2.7</td>")),
     ],
 )
 def test_different(first, second):
     assert not equal(first, second)
 
 
-def test_compares_with_plain_text_and_with_nothing_else():
-    assert ToleratedText("91.0 ± 2.7") == "92.0 ± 2.7"
-    assert ToleratedText("91.0 ± 2.7") != "64.0 ± 2.7"
-    assert ToleratedText("1") != 1
-
-
-def test_only_text_is_tolerated():
+def test_only_text_is_tolerated_and_compared_with_plain_text():
+    assert ToleratedText("91.0 ± 2.7") != "64.0 ± 2.7" and ToleratedText("1") != 1
     plugin = pytest.importorskip("nbval.plugin")
     cell = type("Cell", (), {"parent": type("File", (), {"sanitize_patterns": {"secret": "***"}})})
     for output in (None, 3, {"a": 1}, ["91.0 ± 2.7"]):
