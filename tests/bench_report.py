@@ -1,10 +1,12 @@
-"""Run every benchmark in a process of its own and write one table to data/bench.md: `make bench`."""
+"""Run every benchmark, or those that are named, in a process of its own and write data/bench.md: `make bench`."""
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,13 @@ from bench_tools import MARK
 
 HERE = Path(__file__).parent
 NAMES = ("training", "sweep", "masks", "repair")
+FILE = HERE.parent / "data" / "bench.md"
+ABOUT = """# Benchmark
+
+Written by `make bench`, or one section by `python tests/bench_report.py sweep`. Contenders take turns; a ratio is the
+median over rounds, with the smallest and the largest. Below 1 we are faster. Training and sweeps:
+784-1000-1000-500-200-10, batches of 128 with Adam, ten sparsities on 10,000 test images. Repair: two hidden layers of
+equal width without 80 %."""
 COLUMNS = ("what", "compared with", "ours", "theirs", "ours / theirs", "target")
 
 
@@ -38,17 +47,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-if __name__ == "__main__":
-    names = sys.argv[1:] or NAMES
+def sections() -> dict[str, str]:
+    """Return the text of every benchmark in the file, of those of this run their new text."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy", "torch", "jax"))
-    rows = [row for name in names for row in rows_of(name)]
-    text = (
-        f"# Benchmark\n\nOne run of `make bench` on {processor()}, {os.cpu_count()} CPU cores, Python "
-        f"{platform.python_version()}, {packages}. Contenders take turns; a ratio is the median over rounds, with the "
-        f"smallest and the largest. Below 1 we are faster. Training and sweeps: 784-1000-1000-500-200-10, batches of "
-        f"128 with Adam, ten sparsities on 10,000 test images. Repair: two hidden layers of equal width without 80 %."
-        f"\n\n{table(rows)}\n"
+    where = (
+        f"{processor()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}, {date.today()}."
     )
+    found = dict(re.findall(r"(?ms)^## (\w+)\n\n(.*?)\n(?=\n## |\Z)", FILE.read_text("utf-8"))) if FILE.exists() else {}
+    return {name: found.get(name) for name in NAMES} | {
+        name: f"{where}\n\n{table(rows_of(name))}" for name in sys.argv[1:] or NAMES
+    }
+
+
+if __name__ == "__main__":
+    parts = [f"## {name}\n\n{text}" for name, text in sections().items() if text]
+    text = "\n\n".join([ABOUT, *parts]) + "\n"
     print(text)
-    if set(names) == set(NAMES):
-        (HERE.parent / "data" / "bench.md").write_text(text, encoding="utf-8")
+    FILE.write_text(text, encoding="utf-8")
