@@ -353,7 +353,7 @@ def _one_by_one(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray) -> np.nd
         own = np.take_along_axis(alive[:, columns].T, rows, axis=1)
         parts = gram[rows[:, :, None], rows[:, None, :]] * (own[:, :, None] & own[:, None, :])
         parts[:, range(most), range(most)] += ~own
-        inverse, highest = np.linalg.inv(parts), np.zeros(len(columns))
+        inverse, highest = np.array(ops.linalg.inv(parts)), np.zeros(len(columns))
         weights = (inverse @ (cross[rows, columns[:, None]] * own)[:, :, None])[:, :, 0]
         for _ in range(most):
             doubt = np.where(own, inverse.diagonal(axis1=1, axis2=2), 1.0)
@@ -807,11 +807,13 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
         alive[:inputs, units] = True
     alive[inputs:] = units  # the bias is the weight of one more input, which is always 1
     exact = (alive[:, units] == alive[:, units][:, :1]).all()
-    gram, cross, most = 0.0, 0.0, 0.0
+    gram, cross, most = np.zeros((len(weights), len(weights))), np.zeros(weights.shape), 0.0
     for signal, wanted in pairs:
         wanted = _rows(whole.sums(wanted))
         missing, signal = wanted - _rows(stage.sums(signal)), _rows(signal)
         signal, powers = _near_one(ops.concatenate([signal, ops.ones_like(signal[:, : len(own) - 1])], axis=1))
+        used = np.flatnonzero(ops.convert_to_numpy(ops.any(signal != 0, axis=0)))  # removed units send nothing
+        signal, powers = ops.take(signal, used, axis=1), powers[used]
         most = np.maximum(most, [ops.convert_to_numpy(ops.max(ops.abs(each), axis=0)) for each in (missing, wanted)])
         if exact:  # in float64, because duplicated inputs leave only the ridge to divide by
             signal, missing = (ops.convert_to_numpy(each).astype(np.float64) for each in (signal, missing))
@@ -819,7 +821,8 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
         else:
             both = (ops.matmul(ops.transpose(signal), each) for each in (signal, missing))
             squares, mixed = map(ops.convert_to_numpy, both)
-        gram, cross = gram + np.outer(powers, powers) * squares, cross + powers[:, None] * mixed
+        gram[np.ix_(used, used)] += np.outer(powers, powers) * squares
+        cross[used] += powers[:, None] * mixed
     # What holds an input is the share of its outputs' energy that the mean input sends: scales of inputs and outputs
     # cancel out. The bias is held by its own energy.
     energy, squares = gram.diagonal(), target[:inputs] ** 2
