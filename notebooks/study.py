@@ -47,7 +47,7 @@ from training import (  # noqa: F401 - the notebooks import all of it from here
 )
 
 import pruning_utils
-from pruning_utils import cost, repair
+from pruning_utils import apply_masks, cost, keep_masks, repair, weight_scores
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 METHOD_IMAGES = 3000  # the first so many training images are what a method of a sweep may use
@@ -58,6 +58,22 @@ METHOD_IMAGES = 3000  # the first so many training images are what a method of a
 def repaired(prune: Callable, network: keras.Model, sparsity: float, *, x, y, seed) -> keras.Model:
     """Prune and repair: `partial(repaired, prune_neurons)` is a method of `sweep`."""
     return repair(prune(network, sparsity, x=x, y=y, seed=seed), network, x)
+
+
+def repaired_weights(network: keras.Model, sparsity: float, *, x, y=None, seed=None) -> keras.Model:
+    """Prune weights by "reconstruction" and repair: a method of `sweep`. One score serves all sparsities."""
+    return repair(apply_masks(network, keep_masks(reconstruction(network, x), sparsity)), network, x)
+
+
+def reconstruction(network: keras.Model, x: np.ndarray, folder: Path = CACHE) -> dict[str, np.ndarray]:
+    """Return `weight_scores(network, "reconstruction", x)`, kept in the cache for the next sparsity or notebook."""
+    key = cache_key(Path(pruning_utils.__file__).read_text("utf-8"), x, *network.get_weights())
+    path = cache_path(folder, f"scores-{key}")
+    scores = fetch(path, dict)
+    if scores is None:
+        scores = {name: score.astype(np.float32) for name, score in weight_scores(network, "reconstruction", x).items()}
+        store(path, scores)
+    return scores
 
 
 def sweep(
@@ -113,6 +129,7 @@ def sweep(
     return rows
 
 
+_OURS = (pruning_utils.prune_weights, pruning_utils.prune_neurons, repaired, repaired_weights)
 _MEASURED = ["sparsity", "accuracy", "loss", "weights_left", "multiply_adds"]
 
 
@@ -178,7 +195,8 @@ def _sweep_paths(folder: Path | None, tasks: Sequence[tuple]) -> list[Path | Non
     criteria = (*pruning_utils.WEIGHT_CRITERIA.values(), *pruning_utils.NEURON_CRITERIA.values())
     if folder is None or any(criterion.__module__ != "pruning_utils" for criterion in criteria):  # a reader's own
         return [None] * len(tasks)
-    code = [Path(pruning_utils.__file__).read_text("utf-8"), *map(inspect.getsource, (_run_task, evaluate, repaired))]
+    ours = map(inspect.getsource, (_run_task, evaluate, reconstruction, *_OURS))
+    code = [Path(pruning_utils.__file__).read_text("utf-8"), *ours]
     data = {id(each.dataset): [part[:METHOD_IMAGES] for part in each.dataset[1:3]] + list(each.dataset[3:5])
             for each, *_ in tasks}  # fmt: skip
     data, paths = {number: cache_key(*arrays) for number, arrays in data.items()}, []
@@ -210,7 +228,7 @@ def _recipe(method: object) -> object | None:
         parts = [method.func, *method.args, *method.keywords.values()]
         recipes = [_recipe(part) for part in parts]
         return None if None in recipes else [recipes, list(method.keywords)]
-    if any(method is known for known in (pruning_utils.prune_weights, pruning_utils.prune_neurons, repaired)):
+    if any(method is known for known in _OURS):
         return method.__name__
     return method if isinstance(method, str | int | float) else None
 
