@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import numbers
 import os
@@ -231,6 +232,41 @@ def _recipe(method: object) -> object | None:
     if any(method is known for known in _OURS):
         return method.__name__
     return method if isinstance(method, str | int | float) else None
+
+
+# --- Layer budgets ------------------------------------------------------------------------------------------------
+
+
+def weights_left(kept: Mapping[str, int], scores: Mapping[str, np.ndarray], inputs: int = 784) -> int:
+    """Return how many weights are left when each layer keeps so many of what `scores` rank: weights or units."""
+    if all(score.ndim == 2 for score in scores.values()):
+        return sum(kept.values())
+    return sum(above * below for above, below in itertools.pairwise([inputs, *kept.values()]))
+
+
+def widest(kept_at: Callable[[float], dict], budget: int, scores: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Return kept_at(share) for the largest share in [0, 1] that leaves no more weights than `budget`."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if weights_left(kept_at(middle), scores) <= budget else (low, middle)
+    return kept_at(low)
+
+
+def in_proportion(base: Mapping[str, float], budget: int, scores: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Return what each layer keeps, in proportion to `base` and at most all of it, with `budget` weights left."""
+    most = max(score.size / base[name] for name, score in scores.items())
+
+    def kept_at(share: float) -> dict:
+        return {name: min(score.size, max(1, round(share * most * base[name]))) for name, score in scores.items()}
+
+    return widest(kept_at, budget, scores)
+
+
+def pruned_to(network: keras.Model, scores: Mapping[str, np.ndarray], kept: Mapping[str, int], x) -> keras.Model:
+    """Prune to the numbers of weights or units that each layer keeps, and repair."""
+    shares = {name: 1 - kept[name] / score.size for name, score in scores.items()}
+    return repair(apply_masks(network, keep_masks(scores, shares)), network, x)
 
 
 # --- Statistics and tables ----------------------------------------------------------------------------------------
