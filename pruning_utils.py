@@ -14,7 +14,6 @@ import inspect
 import math
 import numbers
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -334,7 +333,7 @@ def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray, bias: bool, ridge: fl
         gone = rise <= last
         scores[gone], highest, alive = highest + rise[gone], highest + last, alive & ~gone
         kernel = kernel * alive
-        kernel += _conjugate_gradients(gram, (cross - gram @ kernel) * alive, alive, limit=8)
+        kernel += _conjugate_gradients(gram, (cross - gram @ kernel) * alive, alive, finish=False, limit=8)
     return scores + alive * (highest + _one_by_one(gram, cross, alive))
 
 
@@ -728,7 +727,7 @@ def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_siz
     in (0, 1e12]. Dead or duplicated inputs and few images do no harm: what images do not determine stays as it was.
     Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single weights every unit
     has its own problem: conjugate gradients solve all side by side until 0.1 % of each right-hand side is left, and a
-    `UserWarning` names a layer where that does not happen. batch_size: images per forward pass; it bounds memory.
+    unit for which 300 steps are not enough is solved for directly. batch_size: images per pass; it bounds memory.
 
     `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of other
     layers or activations, exchanged arguments, or a ridge or batch size out of range, and what `outputs` raises.
@@ -840,31 +839,34 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
             gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
             change = scipy.linalg.solve(gram, cross, assume_a="pos")
         else:
-            change = _conjugate_gradients(gram, cross * alive[place], alive[place], stage.layer.name)
+            change = _conjugate_gradients(gram, cross * alive[place], alive[place])
         weights[place] += change / scale
     return [part.astype(old.dtype) for part, old in zip((weights[:inputs], weights[-1]), own, strict=False)]
 
 
-def _conjugate_gradients(gram, cross, alive, name: str = "", share: float = 1e-3, limit: int = 300) -> np.ndarray:
+def _conjugate_gradients(gram, cross, alive, finish: bool = True, share: float = 1e-3, limit: int = 300) -> np.ndarray:
     """Solve gram · u = cross for all columns, each within its own `alive` rows (Hestenes, Stiefel 1952).
 
-    Stops when `share` of each right-hand side is left, or at the `limit`: with a warning, if there is a name to give.
+    Stops when `share` of each right-hand side is left, or at the `limit`; `finish` then solves what is left directly.
     """
-    scale = np.maximum(np.abs(cross).max(axis=0), 1e-300)
-    gram, cross, alive = (ops.convert_to_tensor(array, "float32") for array in (gram, cross / scale, alive))
-    solution, residual, direction, power = ops.zeros_like(cross), cross, cross, ops.sum(ops.square(cross), axis=0)
+    most = np.abs(cross).max(axis=0)
+    scale = np.where(most > 0, most, 1.0)
+    squares, wanted, own = (ops.convert_to_tensor(array, "float32") for array in (gram, cross / scale, alive))
+    solution, residual, direction, power = ops.zeros_like(wanted), wanted, wanted, ops.sum(ops.square(wanted), axis=0)
     enough = share**2 * power
     for step in range(limit):
         if step % 8 == 0 and not bool(ops.any(power > enough)):  # not in every step: it waits for the device
             break
-        image = ops.matmul(gram, direction) * alive
+        image = ops.matmul(squares, direction) * own
         curvature = ops.sum(direction * image, axis=0)
         going = ops.logical_and(power > enough, curvature > 0)  # not positive: rounding has taken over
         length = ops.where(going, ops.divide_no_nan(power, curvature), 0.0)
         solution, residual = solution + length * direction, residual - length * image
         power, previous = ops.where(going, ops.sum(ops.square(residual), axis=0), power), power
         direction = ops.where(going, residual + ops.divide_no_nan(power, previous) * direction, 0.0)
-    if name and (late := int(ops.sum(ops.cast(power > enough, "int32")))):
-        warnings.warn(f"repair of layer {name!r} stopped before {late} units were done; raise ridge", stacklevel=5)
-    harm = ops.sum(solution * (ops.matmul(gram, solution) - 2 * cross), axis=0) > 0  # further from dense than before
-    return ops.convert_to_numpy(ops.where(harm, 0.0, solution)) * scale
+    found = ops.convert_to_numpy(solution) * scale
+    for unit in np.flatnonzero(ops.convert_to_numpy(power > enough) & finish):
+        rows = np.flatnonzero(alive[:, unit])
+        found[rows, unit] = np.linalg.solve(gram[np.ix_(rows, rows)], cross[rows, unit])
+    harm = np.sum(found * (gram @ found - 2 * cross), axis=0) > 0  # further from dense than before
+    return np.where(harm, 0.0, found)

@@ -1,5 +1,7 @@
 """What the tests of the module share: small networks, images, and plain NumPy that says what they compute."""
 
+from itertools import pairwise
+
 import keras
 import numpy as np
 from hypothesis import settings
@@ -38,6 +40,15 @@ def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=
     network = chain(*layers, Dense(classes, name="logits"), inputs=(inputs,))
     rng = np.random.default_rng(seed)
     network.set_weights([rng.normal(size=weight.shape).astype(np.float32) for weight in network.get_weights()])
+    return network
+
+
+def scale_units(network, *factors):
+    """Scale the units of each hidden layer by an array of factors, and back on their way out: the function stays."""
+    ends = pairwise([np.ones(1), *factors, np.ones(1)])
+    for layer, (before, after) in zip(dense(network), ends, strict=True):
+        kernel, *bias = layer.get_weights()
+        layer.set_weights([kernel * after / before[:, None], *(each * after for each in bias)])
     return network
 
 
@@ -102,23 +113,40 @@ def forward(network, x):
     return inputs, sums
 
 
-def greedy_selection(outputs, kernel, ridge):
+def unexplained(rows, wanted, left):
+    """The sum of squares of `wanted` that least squares cannot explain from the columns of `rows` that are left."""
+    return np.sum((rows[:, left] @ np.linalg.lstsq(rows[:, left], wanted, rcond=None)[0] - wanted) ** 2)
+
+
+def greedy_selection(outputs, kernel, ridge=1e-3):
     """Take one unit after the other, each time the one that leaves the least error; try them all, solve every time.
 
-    Returns the units in order, and the share of the squared `outputs @ kernel` that was unexplained before each.
+    Returns, per unit, the share of the squared `outputs @ kernel` that was unexplained before it was taken.
     """
     outputs = np.linalg.qr(outputs, mode="r")  # the same sums of squares, from fewer rows
     sent = np.sum(kernel**2, axis=1)
-    wanted, strength = outputs @ kernel, ridge * np.mean(np.sum(outputs**2, axis=0) * sent) / sent
-    taken, shares, left = [], [], list(range(len(kernel)))
+    rows = np.vstack([outputs, np.diag(np.sqrt(ridge * np.mean(np.sum(outputs**2, axis=0) * sent) / sent))])
+    wanted = np.vstack([outputs @ kernel, np.zeros(kernel.shape)])
+    shares, taken = np.zeros(len(kernel)), []
+    for _ in shares:
+        best = min(set(range(len(kernel))) - set(taken), key=lambda unit: unexplained(rows, wanted, [*taken, unit]))
+        shares[best] = unexplained(rows, wanted, taken) / np.sum(wanted**2)
+        taken.append(best)
+    return shares
 
-    def unexplained(units):
-        rows = np.vstack([outputs[:, units], np.diag(np.sqrt(strength[units]))])
-        target = np.vstack([wanted, np.zeros((len(units), wanted.shape[1]))])
-        return np.sum((rows @ np.linalg.lstsq(rows, target, rcond=None)[0] - target) ** 2)
 
-    while left:
-        shares.append(unexplained(taken) / np.sum(wanted**2) if taken else 1.0)
-        taken.append(min(left, key=lambda unit: unexplained([*taken, unit])))
-        left.remove(taken[-1])
-    return np.array(taken), np.array(shares)
+def backward_elimination(inputs, mean, kernel, ridge=1e-3):
+    """Remove one weight of a unit after the other, each time the one missed least; try them all, refit every time.
+
+    Returns, as a share of the squared `(inputs - mean) @ kernel`, the most by which a removal so far raised the error.
+    """
+    rows = np.vstack([inputs - mean, np.diag(np.sqrt(ridge * np.sum(inputs**2, axis=0)))])
+    rows, rises = np.linalg.qr(rows, mode="r"), np.zeros(kernel.shape)
+    for wanted, weights, rise in zip((rows @ kernel).T, kernel.T, rises.T, strict=True):
+        left, error = set(np.flatnonzero(weights)), 0.0
+        while left:
+            errors = {weight: unexplained(rows, wanted, list(left - {weight})) for weight in left}
+            least = min(errors, key=errors.get)
+            rise[least], error = max(rise.max(), errors[least] - error), errors[least]
+            left.remove(least)
+    return rises / np.sum((rows @ kernel) ** 2)
