@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras.layers import Activation, Dense, Dropout, Flatten, ReLU, Softmax
 
 INPUTS, HIDDEN, CLASSES = 6, (12, 8), 4
-SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 on_scores = settings(deadline=None, max_examples=100, derandomize=True)
 on_networks = settings(deadline=None, max_examples=10, derandomize=True)
 seeds, fractions = st.integers(0, 99), st.one_of(st.floats(0, 1), st.sampled_from(SPARSITIES))
@@ -33,13 +33,13 @@ def network_of(*kernels, biases=None, activation="relu"):
     return network
 
 
-def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=CLASSES, activation="relu"):
+def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=CLASSES, activation="relu", size=1):
     """A network with normally distributed weights, biases included; the output layer always has some."""
     layers = [Dense(units, activation, use_bias=use_bias, name=f"hidden_{number}")
               for number, units in enumerate(hidden, start=1)]  # fmt: skip
     network = chain(*layers, Dense(classes, name="logits"), inputs=(inputs,))
     rng = np.random.default_rng(seed)
-    network.set_weights([rng.normal(size=weight.shape).astype(np.float32) for weight in network.get_weights()])
+    network.set_weights([size * rng.normal(size=weight.shape) for weight in network.get_weights()])
     return network
 
 
@@ -54,9 +54,7 @@ def scale_units(network, *factors):
 
 def gentle_network():
     """A random network whose probabilities float32 can tell from 0."""
-    network = random_network()
-    network.set_weights([weight / 3 for weight in network.get_weights()])
-    return network
+    return random_network(size=1 / 3)
 
 
 def functional_network():
@@ -119,10 +117,7 @@ def unexplained(rows, wanted, left):
 
 
 def greedy_selection(outputs, kernel, ridge=1e-3):
-    """Take one unit after the other, each time the one that leaves the least error; try them all, solve every time.
-
-    Returns, per unit, the share of the squared `outputs @ kernel` that was unexplained before it was taken.
-    """
+    """Per unit, the share of the squared `outputs @ kernel` that better ones leave: all are tried every time."""
     outputs = np.linalg.qr(outputs, mode="r")  # the same sums of squares, from fewer rows
     sent = np.sum(kernel**2, axis=1)
     rows = np.vstack([outputs, np.diag(np.sqrt(ridge * np.mean(np.sum(outputs**2, axis=0) * sent) / sent))])
@@ -136,10 +131,7 @@ def greedy_selection(outputs, kernel, ridge=1e-3):
 
 
 def backward_elimination(inputs, mean, kernel, ridge=1e-3):
-    """Remove one weight of a unit after the other, each time the one missed least; try them all, refit every time.
-
-    Returns, as a share of the squared `(inputs - mean) @ kernel`, the most by which a removal so far raised the error.
-    """
+    """Per weight, the most that a removal up to its own raised the error, as a share: all are tried every time."""
     rows = np.vstack([inputs - mean, np.diag(np.sqrt(ridge * np.sum(inputs**2, axis=0)))])
     rows, rises = np.linalg.qr(rows, mode="r"), np.zeros(kernel.shape)
     for wanted, weights, rise in zip((rows @ kernel).T, kernel.T, rises.T, strict=True):

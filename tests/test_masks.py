@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
-from networks import SPARSITIES, bits, dense, images, kernels, network_of, on_networks, on_scores, random_network, seeds
+from networks import bits, dense, fractions, images, kernels, network_of, on_networks, on_scores, random_network, seeds
 
 import pruning_utils
 from pruning_utils import apply_masks, cost, keep_masks, prune_neurons, prune_weights, repair, shrink, weight_scores
@@ -21,7 +21,6 @@ both_kinds = pytest.mark.parametrize("prune", [prune_weights, prune_neurons])
 numbers = st.sampled_from([st.floats(-9, 9, width=32), st.integers(-2, 2)])  # few scores are equal, or many
 shapes = nps.array_shapes(max_dims=2, max_side=9)
 layer_scores = numbers.flatmap(lambda each: nps.arrays(np.float32, shapes, elements=each))
-fractions = st.one_of(st.floats(0, 1), st.sampled_from([*SPARSITIES, 1.0]))
 
 
 def as_lists(masks):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from networks import (
     CLASSES,
     INPUTS,
-    as_functional,
     assert_same_outputs,
     bits,
     chain,
@@ -188,7 +187,7 @@ def test_of_the_weights_of_a_double_input_every_unit_keeps_one_without_a_trace(r
         assert_same_outputs(repaired, network, new, rtol)
 
 
-# --- Closer than before, layer by layer ---------------------------------------------------------------------------
+# --- Closer than before, layer by layer, and chosen so ------------------------------------------------------------
 
 
 def assert_closer(repaired, pruned, network, x):
@@ -246,9 +245,6 @@ def test_inputs_that_are_dead_or_repeat_each_other_do_no_harm_with_a_small_ridge
     for pictures in (x, np.tile(x[:, :1], (1, 6)), np.where(np.arange(6) < 4, 0, x), 0 * x, one_hot):
         for ridge in (1e-6, 1e-12):
             assert_closer(repair(pruned, network, pictures, ridge), pruned, network, pictures)
-
-
-# --- Chosen with repair in mind -----------------------------------------------------------------------------------
 
 
 @with_and_without_bias
@@ -342,10 +338,7 @@ def lively_network(use_bias, hidden=(10, 7)):
 
 
 def assert_nearly_least(repaired, pruned, network, x, ridge, rtol=None):
-    """Repair has gone 99 % of the way from the pruned weights to the least squares, in every layer.
-
-    With `rtol`, it has reached them up to this share of the way, and it was not a short one.
-    """
+    """Repair has gone 99 % of the way to the least squares in every layer; with `rtol`, up to this share of it."""
     signals, targets = forward(repaired, x)[0], forward(network, x)[1]
     layers = zip(dense(pruned), dense(repaired), dense(network), signals, targets, strict=True)
     for before, after, whole, signal, target in layers:
@@ -356,11 +349,11 @@ def assert_nearly_least(repaired, pruned, network, x, ridge, rtol=None):
         assert end - lowest <= 0.01 * (start - lowest) + 1e-5 * np.sum(target**2)
         if rtol:
             size, way, error = map(np.linalg.norm, (old, least - old, found - least))
-            assert error <= rtol * way + 1e-5 * size and (way > 0.05 * size or signal is signals[0])
+            assert error <= rtol * way + 1e-5 * size and (way > 0.05 * size or signal is signals[0])  # not a short one
 
 
 CASES = [("neurons", 0, 2e-3), ("neurons", 1e-3, 1e-4), ("neurons", 0.5, 1e-4)]
-CASES += [("weights", 0, 1e-2), ("weights", 0.1, 1e-3), ("weights", 2, 1e-3)]
+CASES += [("weights", 0, 5e-3), ("weights", 0.1, 1e-3), ("weights", 2, 1e-3)]
 
 
 @strictly
@@ -443,9 +436,8 @@ def test_repair_gives_the_same_every_time_and_leaves_its_arguments_alone(prune):
 @strictly
 @both_kinds
 @pytest.mark.parametrize("build", [
-    lambda: as_functional(gentle_network()),
     lambda: chain(*gentle_network().layers, inputs=(5, INPUTS)),  # on sequences
-    functional_network,  # with layers in between
+    functional_network,  # functional, with layers in between
 ])  # fmt: skip
 def test_other_chains_of_the_same_dense_layers_are_repaired_alike(prune, build):
     plain, network, (x, _) = gentle_network(), build(), images(100)
@@ -525,15 +517,12 @@ def test_prune_and_repair_refuses_other_kinds_sparsities_and_layers_as_its_parts
             prune_and_repair(random_network(), sparsity, images()[0], kind)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: random_network(hidden=(12, 9)), "must have the same layers"),
-        (lambda: chain(keras.layers.Dropout(0.5), *random_network().layers), "must have the same layers"),
-        (lambda: shrink(prune_neurons(random_network(), 0.5)), r"same layers.*\(6, 6\).*shrink later"),
-        (lambda: random_network(activation="tanh"), "must have the same activations"),
-    ],
-)
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: random_network(hidden=(12, 9)), "must have the same layers"),
+    (lambda: chain(keras.layers.Dropout(0.5), *random_network().layers), "must have the same layers"),
+    (lambda: shrink(prune_neurons(random_network(), 0.5)), r"same layers.*\(6, 6\).*shrink later"),
+    (lambda: random_network(activation="tanh"), "must have the same activations"),
+])  # fmt: skip
 def test_networks_that_differ_in_more_than_weights_are_refused(build, message):
     for pair in ((random_network(), build()), (build(), random_network())):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,6 @@ import pytest
 from keras.layers import Activation, Dense, Dropout, Flatten, Softmax
 from networks import (
     CLASSES,
-    HIDDEN,
     INPUTS,
     backward_elimination,
     chain,
@@ -260,7 +259,7 @@ def test_images_and_labels_may_be_variables_tensors_lists_or_of_another_byte_ord
 def test_a_criterion_of_ones_own_gets_what_its_signature_names(monkeypatch, needed):
     got, (x, y) = {}, images()
     body = f"lambda network, {', '.join(needed)}: got.update({', '.join(f'{n}={n}' for n in needed)}) or [*ones]"
-    monkeypatch.setitem(NEURON_CRITERIA, "own", eval(body, {"got": got, "ones": map(np.ones, HIDDEN)}))
+    monkeypatch.setitem(NEURON_CRITERIA, "own", eval(body, {"got": got, "ones": map(np.ones, (12, 8))}))
     found = neuron_scores(random_network(), "own", x.tolist(), y.tolist(), seed=3)
     assert {name: score.shape for name, score in found.items()} == {"hidden_1": (12,), "hidden_2": (8,)}
     assert set(got) == set(needed) and got.get("seed", 3) == 3
