@@ -286,8 +286,8 @@ def test_prune_and_repair_chooses_and_repairs_one_layer_after_the_other(kind, sp
 
 @pytest.mark.parametrize(("kind", "limit"), [("weights", 0.85), ("neurons", 1.05)])
 def test_choosing_again_leaves_less_error_for_weights_and_no_more_for_neurons(kind, limit):
-    ratios = []  # over 20 seeds, 0.66 ± 0.17 for weights and 0.92 ± 0.13 for neurons
-    for seed in range(12):
+    ratios = []  # over 30 seeds, 0.67 for weights and 0.93 for neurons, each times or divided by 1.1
+    for seed in range(6):
         network, (x, _) = random_network(seed, hidden=(30, 20, 15)), images(300, seed)
         again, once = (distance(way(network, 0.9, x, kind), network, x) for way in (prune_and_repair, at_once))
         ratios.append(again / once)
