@@ -45,8 +45,7 @@ def random_network(seed=0, use_bias=True, hidden=HIDDEN, inputs=INPUTS, classes=
 
 def scale_units(network, *factors):
     """Scale the units of each hidden layer by an array of factors, and back on their way out: the function stays."""
-    ends = pairwise([np.ones(1), *factors, np.ones(1)])
-    for layer, (before, after) in zip(dense(network), ends, strict=True):
+    for layer, (before, after) in zip(dense(network), pairwise([np.ones(1), *factors, np.ones(1)]), strict=True):
         kernel, *bias = layer.get_weights()
         layer.set_weights([kernel * after / before[:, None], *(each * after for each in bias)])
     return network

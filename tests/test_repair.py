@@ -272,7 +272,7 @@ def test_in_large_layers_too_reconstruction_leaves_the_least_error(seed):
 @pytest.mark.parametrize("kind", PRUNE)
 @pytest.mark.parametrize("sparsity", [0, 0.5, 1, {"hidden_2": 0.75, "hidden_1": 0.25}])
 def test_prune_and_repair_chooses_and_repairs_one_layer_after_the_other(kind, sparsity):
-    network, (x, _) = random_network(1), images(300)
+    network, (x, _) = random_network(10), images(300)  # choosing again changes the second layer, in neurons too
     expected, before = network, [*bits(network), x.tobytes()]
     found = prune_and_repair(network, sparsity, x, kind)
     for name, kernel in zip(("hidden_1", "hidden_2"), kernels(found), strict=False):
@@ -280,7 +280,7 @@ def test_prune_and_repair_chooses_and_repairs_one_layer_after_the_other(kind, sp
         masks = keep_masks({name: SCORES[kind](expected, "reconstruction", x)[name]}, share)
         expected = repair(apply_masks(expected, masks), network, x)
         np.testing.assert_array_equal(kernel != 0 if kind == "weights" else kernel.any(axis=0), masks[name])
-    assert_same_outputs(found, expected, x, rtol=2e-3)
+    assert_same_outputs(found, expected, x, rtol=5e-3)
     assert [*bits(network), x.tobytes()] == before and (sparsity != 0 or bits(found) == before[:-1])
 
 
