@@ -213,7 +213,7 @@ def weight_scores(
     much the squared error of the layer's pre-activations over images `x` rises without it when all others are refitted:
     backward elimination with refits (Hassibi and Stork 1993; Frantar and Alistarh 2022; ALPS, Meng et al. 2024, solves
     the same problem for one sparsity), a unit's error counted by the L2 norm of its outgoing kernel row, so that its
-    scale cancels out; choose by it if you `repair`; "random", from `seed`.
+    own scale cancels out; choose by it if you `repair`; "random", from `seed`.
     What a criterion does not need is ignored. On sequences, every position counts as an image.
     Raises `ValueError` for another criterion, one that does not get what it needs, or scores that are not finite;
     `TypeError` for images that are no real numbers.
@@ -743,8 +743,8 @@ def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x: A
 
     `kind` is "weights" or "neurons". What a layer keeps is chosen when those before it are pruned and repaired, from
     the inputs it has by then. (`prune_weights` chooses in all layers of the dense network, and one score serves all
-    sparsities.) In the study, choosing again pays for weights, when 98 % of them go or more. Arguments and errors are
-    those of `keep_masks` and `repair`.
+    sparsities.) In the study, choosing again pays for weights, when 99 % of them go. Arguments and errors are those of
+    `keep_masks` and `repair`.
     """
     _choice("kind", kind, ("weights", "neurons"))
     score = _weight_reconstruction if kind == "weights" else _neuron_reconstruction
@@ -752,6 +752,8 @@ def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x: A
     nothing = {stage.layer.name: np.zeros(0) for stage in theirs.stages[:-1]}
     for number, name in enumerate(nothing):
         (scores,) = score(pruned, x, slice(number, number + 1))
+        if kind == "weights":  # what is 0 in the dense network goes first, though a refit may have moved it
+            scores = scores * (theirs.stages[number].weights()[0] != 0)
         masks = keep_masks(nothing | {name: scores}, sparsity)
         ours = _take_apart(apply_masks(pruned, {name: masks[name]}))
         # This layer, and the one or two after it whose kernels the next choice looks at.

@@ -496,6 +496,13 @@ def test_a_unit_that_needs_nothing_beside_one_that_does_stays_as_it_is():
     np.testing.assert_allclose(found, cross, rtol=1e-6)
 
 
+def test_prune_and_repair_brings_no_weight_back_that_is_0_in_the_dense_network():
+    network, (x, _) = prune_weights(random_network(1), 0.5), images(300)
+    repaired = prune_and_repair(network, 0.7, x)
+    for before, after in zip(kernels(network)[:-1], kernels(repaired)[:-1], strict=True):
+        assert not after[before == 0].any()
+
+
 # --- What bad input gets ------------------------------------------------------------------------------------------
 
 
