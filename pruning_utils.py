@@ -212,8 +212,8 @@ def weight_scores(
     "taylor" |w · gradient| per image of `x` with labels `y`, averaged (Molchanov et al. 2017); "reconstruction", by how
     much the squared error of the layer's pre-activations over images `x` rises without it when all others are refitted:
     backward elimination with refits (Hassibi and Stork 1993; Frantar and Alistarh 2022; ALPS, Meng et al. 2024, solves
-    the same problem for one sparsity), a unit's error counted by the L2 norm of its outgoing kernel row, so that its
-    own scale cancels out; choose by it if you `repair`; "random", from `seed`.
+    the same problem for one sparsity), a unit's error counted by its outgoing weights, each by what the next unit's
+    counts, so that units' scales cancel out; choose by it if you `repair`; "random", from `seed`.
     What a criterion does not need is ignored. On sequences, every position counts as an image.
     Raises `ValueError` for another criterion, one that does not get what it needs, or scores that are not finite;
     `TypeError` for images that are no real numbers.
@@ -285,45 +285,56 @@ def _weight_taylor(network, x, y) -> list[np.ndarray]:
 
 
 def _sent_on(network) -> list[np.ndarray]:
-    """Return, for the units of every Dense layer, the L2 norms of their outgoing kernel rows; 1 for outputs."""
+    """Return what errors of the units of every Dense layer count: 1 for outputs; else the L2 norm of the outgoing row,
+    whose entries are each times what the next unit counts, so that no unit's scale matters."""
     kernels = _kernels(network)
-    sent = [np.linalg.norm(kernel.astype(float), axis=1) for kernel in kernels[1:]]
-    return [*sent, np.ones(kernels[-1].shape[1])]
+    sent = [np.ones(kernels[-1].shape[1])]
+    for kernel in kernels[:0:-1]:
+        sent.insert(0, np.linalg.norm(kernel * sent[0], axis=1))
+    return sent
 
 
-def _grams(network, x) -> list[np.ndarray]:
-    """Return, per Dense layer, the mean products (inputs + 1, inputs + 1) of its inputs and of 1, the bias's input."""
+def _grams(network, x, layers: range) -> list[np.ndarray]:
+    """Return, for these Dense layers, mean products (inputs + 1, inputs + 1) of inputs and of 1, the bias's input."""
 
     def products(rows):
         rows = ops.concatenate([rows, ops.ones_like(rows[:, :1])], axis=1)
         return ops.matmul(ops.transpose(rows), rows)
 
-    return _mean_square(network, x, products, lambda powers, _: np.outer([*powers, 1], [*powers, 1]))
+    return _mean_square(network, x, products, lambda powers, _: np.outer([*powers, 1], [*powers, 1]), layers)
 
 
-def _weight_reconstruction(network, x, layers: slice = slice(None)) -> list[np.ndarray]:
-    stages = _take_apart(network).stages[:-1]
-    parts = list(zip(stages, _grams(network, x), _kernels(network), _sent_on(network), strict=False))[layers]
-    return [_rise_at_removal(gram, kernel * sent, stage.layer.use_bias) for stage, gram, kernel, sent in parts]
+def _weight_reconstruction(network, x) -> list[np.ndarray]:
+    return [_rise_at_removal(*problem) for problem in _weight_problems(network, x)]
 
 
-def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray, bias: bool, ridge: float = 1e-3) -> np.ndarray:
+def _weight_problems(network, x, layers: range | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield for all prunable layers, or for these, what their weights are chosen by, in float32.
+
+    That is the mean products of its inputs, each scaled to 1 and without what a bias takes up, with a ridge of 0.1 %,
+    and the kernel in units of these and of what errors of its units count; the energy of its pre-activations is 1.
+    """
+    stages, kernels, sent = _take_apart(network).stages, _kernels(network), _sent_on(network)
+    layers = layers or range(len(stages) - 1)
+    for number, gram in zip(layers, _grams(network, x, layers), strict=True):
+        energy, mean = gram.diagonal()[:-1], gram[:-1, -1] * stages[number].layer.use_bias
+        gram = gram[:-1, :-1] - np.outer(mean, mean) + np.diag(1e-3 * energy)
+        scale = np.sqrt(np.maximum(gram.diagonal(), 0.5e-3 * energy))
+        kernel, scale = kernels[number] * sent[number] * scale[:, None], np.where(scale > 0, scale, 1.0)
+        gram = gram / np.outer(scale, scale)
+        gram[np.diag_indices_from(gram)] = 1
+        total = np.sum(kernel * (gram @ kernel))
+        yield gram.astype(np.float32), (kernel / np.sqrt(total or 1.0)).astype(np.float32)
+
+
+def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Rank weights by backward elimination: what is needed least goes, the rest is refitted, and so on.
 
-    gram: as `_grams` has it; kernel: (inputs, units), each unit times what its errors count. Returns by how much the
-    squared error rises, as a share of the energy of the layer's pre-activations, when a weight goes, or one before it.
+    Takes what `_weight_problems` has. Returns by how much the squared error rises when a weight goes, or one before it.
     As long as many are left, a quarter goes at a time, those with the smallest |w| · rms of the input.
     """
-    energy, mean = gram.diagonal()[:-1], gram[:-1, -1] * bias  # what the bias takes up does not count
-    gram = gram[:-1, :-1] - np.outer(mean, mean) + np.diag(ridge * energy)
-    scale = np.sqrt(np.maximum(gram.diagonal(), 0.5 * ridge * energy))
-    kernel, scale = kernel * scale[:, None], np.where(scale > 0, scale, 1.0)
-    gram = gram / np.outer(scale, scale)
-    gram[np.diag_indices_from(gram)] = 1
-    total = np.sum(kernel * (gram @ kernel))
-    if not np.isfinite(total):
+    if not np.isfinite(kernel).all():
         return np.full(kernel.shape, np.nan)
-    gram, kernel = gram.astype(np.float32), (kernel / np.sqrt(total or 1.0)).astype(np.float32)
     cross, alive = gram @ kernel, kernel != 0
     scores, highest = np.zeros(kernel.shape), 0.0
     while np.mean(alive.sum(axis=0) ** 3) > 64**3:
@@ -333,7 +344,7 @@ def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray, bias: bool, ridge: fl
         gone = rise <= last
         scores[gone], highest, alive = highest + rise[gone], highest + last, alive & ~gone
         kernel = kernel * alive
-        kernel += _conjugate_gradients(gram, (cross - gram @ kernel) * alive, alive, finish=False, limit=8)
+        kernel += _conjugate_gradients(gram, (cross - gram @ kernel) * alive, alive, limit=8)[0]
     return scores + alive * (highest + _one_by_one(gram, cross, alive))
 
 
@@ -343,15 +354,9 @@ def _one_by_one(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray) -> np.nd
     Without weight i, refitted, the error is larger by w² / [gram⁻¹]ᵢᵢ (Hassibi and Stork 1993); the inverse is kept up
     to date as in Frantar and Alistarh 2022. A weight counts at least as much as those that went before it.
     """
-    scores, counts, first = np.zeros(cross.shape), alive.sum(axis=0), 0
-    order = np.argsort(-counts, kind="stable")
-    while first < len(order) and (most := counts[order[first]]):
-        columns = order[first : first + max(1, 2**20 // most**2)]  # with about as many weights; memory is bounded
-        first, every = first + len(columns), np.arange(len(columns))
-        rows = np.argsort(~alive[:, columns], axis=0, kind="stable")[:most].T
-        own = np.take_along_axis(alive[:, columns].T, rows, axis=1)
-        parts = gram[rows[:, :, None], rows[:, None, :]] * (own[:, :, None] & own[:, None, :])
-        parts[:, range(most), range(most)] += ~own
+    scores = np.zeros(cross.shape)
+    for columns, rows, own, parts in _column_by_column(gram, alive):
+        every, most = np.arange(len(columns)), rows.shape[1]
         inverse, highest = np.array(ops.linalg.inv(parts)), np.zeros(len(columns))
         weights = (inverse @ (cross[rows, columns[:, None]] * own)[:, :, None])[:, :, 0]
         for _ in range(most):
@@ -367,9 +372,52 @@ def _one_by_one(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray) -> np.nd
     return scores
 
 
-def _neuron_reconstruction(network, x, layers: slice = slice(None)) -> list[np.ndarray]:
-    parts = list(zip(_grams(network, x)[1:], _kernels(network)[1:], _sent_on(network)[1:], strict=True))[layers]
-    return [_error_before_each(gram[:-1, :-1], kernel * sent) for gram, kernel, sent in parts]
+def _best_together(gram: np.ndarray, kernel: np.ndarray, sparsity: float) -> np.ndarray:
+    """Score weights for one sparsity: those with the highest scores leave little error once they are refitted.
+
+    Takes what `_weight_problems` has. ADMM (ALPS, Meng et al. 2024): the best weights of any number and the largest of
+    them take turns, and are pulled together ever more strongly.
+    """
+    if not np.isfinite(kernel).all():
+        return np.full(kernel.shape, np.nan)
+    (values, vectors), wanted, strength = np.linalg.eigh(gram), gram @ kernel, np.float32(0.1)
+    largest, pull = np.where(_keep_highest(np.abs(kernel), sparsity), kernel, 0), np.zeros_like(kernel)
+    for _ in range(25):
+        free = vectors.T @ (wanted + strength * (largest - pull))
+        free = vectors @ (free / (values + strength)[:, None]) + pull
+        largest = np.where(_keep_highest(np.abs(free), sparsity), free, 0)
+        pull, strength = (free - largest) / np.float32(1.1), strength * np.float32(1.1)
+    return np.abs(free)
+
+
+def _column_by_column(gram: np.ndarray, alive: np.ndarray) -> Iterable[tuple]:
+    """Yield columns, their `alive` rows (columns, n), which of these are no padding, and `gram` (columns, n, n) there.
+
+    Columns with about as many rows come together, few enough to bound memory; padding is that of the identity.
+    """
+    counts, first = alive.sum(axis=0), 0
+    order = np.argsort(-counts, kind="stable")
+    while first < len(order) and (most := counts[order[first]]):
+        columns = order[first : first + max(1, 2**20 // most**2)]
+        first += len(columns)
+        rows = np.argsort(~alive[:, columns], axis=0, kind="stable")[:most].T
+        own = np.take_along_axis(alive[:, columns].T, rows, axis=1)
+        parts = gram[rows[:, :, None], rows[:, None, :]] * (own[:, :, None] & own[:, None, :])
+        parts[:, range(most), range(most)] += ~own
+        yield columns, rows, own, parts
+
+
+def _neuron_reconstruction(network, x) -> list[np.ndarray]:
+    return [_error_before_each(*problem) for problem in _neuron_problems(network, x)]
+
+
+def _neuron_problems(network, x, layers: range | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield for all prunable layers, or for these, the mean products of outputs, and the kernel that takes them."""
+    kernels, sent = _kernels(network), _sent_on(network)
+    layers = layers or range(len(kernels) - 1)
+    following = range(layers.start + 1, layers.stop + 1)
+    for number, gram in zip(following, _grams(network, x, following), strict=True):
+        yield gram[:-1, :-1], kernels[number] * sent[number]
 
 
 def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:
@@ -414,7 +462,8 @@ def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3
 
 
 def _neuron_activation(network, x) -> list[np.ndarray]:
-    return [rms * sent for rms, sent in zip(_input_rms(network, x)[1:], _sent_on(network), strict=False)]
+    sent = [np.linalg.norm(kernel.astype(float), axis=1) for kernel in _kernels(network)[1:]]
+    return [rms * each for rms, each in zip(_input_rms(network, x)[1:], sent, strict=True)]
 
 
 def _neuron_taylor(network, x, y) -> list[np.ndarray]:
@@ -460,19 +509,20 @@ def _near_one(rows) -> tuple:
     return rows / ops.convert_to_tensor(powers, rows.dtype), powers.astype(np.float64)
 
 
-def _mean_square(network: Model, x: np.ndarray, term: Callable, scale: Callable) -> list[np.ndarray]:
+def _mean_square(network: Model, x: np.ndarray, term: Callable, scale: Callable, layers: range | None = None) -> list:
     """Return, per Dense layer, the mean over images of a term that is quadratic in its inputs, in float64.
 
     Inputs are brought near 1 first, so that squares neither under- nor overflow; scale(powers, powers) undoes it.
     """
     chain = _take_apart(network)
-    totals = [0.0] * len(chain.stages)
+    totals = dict.fromkeys(layers or range(len(chain.stages)), 0.0)
     for batch in _batches(x):
-        for number, inputs in enumerate(_forward(chain, x[batch])[0]):
-            rows, powers = _near_one(_rows(inputs))
+        received = _forward(chain, x[batch])[0]
+        for number in totals:
+            rows, powers = _near_one(_rows(received[number]))
             total = scale(powers, powers) * ops.convert_to_numpy(term(rows))
-            totals[number] += total / (len(x) * len(rows) // len(inputs))
-    return totals
+            totals[number] += total / (len(x) * len(rows) // len(received[number]))
+    return list(totals.values())
 
 
 def _mean_over_rows(network: Model, x: np.ndarray, y: np.ndarray, term: Callable) -> list[np.ndarray]:
@@ -543,18 +593,18 @@ def keep_masks(scores: Arrays, sparsity: float | Mapping[str, float], scope: str
 
 
 def _keep_highest(scores: np.ndarray, sparsity: float) -> np.ndarray:
-    """Mask of a flat array. A partition finds the threshold in linear time; ties at it are settled by position."""
+    """Mask of an array. A partition finds the threshold in linear time; ties at it are settled by position."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f"sparsity must be a number in [0, 1], such as 0.5 for 50 %; got {sparsity!r}")
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be a fraction in [0, 1], such as 0.5 for 50 %; got {sparsity!r}")
     removed = round(float(sparsity) * scores.size)
     if removed == 0:
-        return np.ones(scores.size, bool)
-    threshold = np.partition(scores, removed - 1)[removed - 1]
+        return np.ones(scores.shape, bool)
+    threshold = np.partition(scores, removed - 1, axis=None)[removed - 1]
     kept = scores > threshold
     ties = np.flatnonzero(scores == threshold)
-    kept[ties[removed - (scores.size - np.count_nonzero(kept) - ties.size) :]] = True
+    kept.flat[ties[removed - (scores.size - np.count_nonzero(kept) - ties.size) :]] = True
     return kept
 
 
@@ -725,9 +775,9 @@ def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_siz
 
     ridge: how strongly weights are held to the pruned ones, as a fraction of the energy that the mean input sends on,
     in (0, 1e12]. Dead or duplicated inputs and few images do no harm: what images do not determine stays as it was.
-    Neurons share their inputs, and all units of a layer are solved for at once, exactly. For single weights every unit
-    has its own problem: conjugate gradients solve all side by side until 0.1 % of each right-hand side is left, and a
-    unit for which 300 steps are not enough is solved for directly. batch_size: images per pass; it bounds memory.
+    Neurons share their inputs, and all units of a layer are solved for at once. For single weights every unit has its
+    own problem: up to 256 weights are solved for directly, more by conjugate gradients, side by side, until 0.1 % of
+    each right-hand side is left (what 300 steps do not reach, directly). batch_size: images per pass; it bounds memory.
 
     `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of other
     layers or activations, exchanged arguments, or a ridge or batch size out of range, and what `outputs` raises.
@@ -742,22 +792,26 @@ def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x: A
     """Return a copy of the network, pruned by "reconstruction" and repaired layer by layer: choose, refit, go on.
 
     `kind` is "weights" or "neurons". What a layer keeps is chosen when those before it are pruned and repaired, from
-    the inputs it has by then. (`prune_weights` chooses in all layers of the dense network, and one score serves all
-    sparsities.) In the study, choosing again pays for weights, when 99 % of them go. Arguments and errors are those of
-    `keep_masks` and `repair`.
+    the inputs it has by then; weights are chosen for this one sparsity, by ADMM (ALPS, Meng et al. 2024), neurons as
+    `neuron_scores` has it. (`prune_weights` chooses in all layers of the dense network, and one score serves all
+    sparsities.) Weights that are 0 in the dense network go first; of two inputs that are always equal ADMM keeps both
+    or neither. Arguments and errors are those of `keep_masks` and `repair`.
     """
     _choice("kind", kind, ("weights", "neurons"))
-    score = _weight_reconstruction if kind == "weights" else _neuron_reconstruction
     theirs, x, pruned = _take_apart(network, check=True), _images(network, x), network
-    nothing = {stage.layer.name: np.zeros(0) for stage in theirs.stages[:-1]}
-    for number, name in enumerate(nothing):
-        (scores,) = score(pruned, x, slice(number, number + 1))
-        if kind == "weights":  # what is 0 in the dense network goes first, though a refit may have moved it
-            scores = scores * (theirs.stages[number].weights()[0] != 0)
-        masks = keep_masks(nothing | {name: scores}, sparsity)
-        ours = _take_apart(apply_masks(pruned, {name: masks[name]}))
+    shapes = {stage.layer.name: stage.layer.kernel.shape[kind == "neurons" :] for stage in theirs.stages[:-1]}
+    kept = keep_masks({name: np.zeros(shape) for name, shape in shapes.items()}, sparsity)
+    for number, (name, mask) in enumerate(kept.items()):
+        share, this = 1 - np.mean(mask), range(number, number + 1)
+        if kind == "neurons":
+            (problem,) = _neuron_problems(pruned, x, this)
+            scores = _error_before_each(*problem)
+        else:
+            (problem,) = _weight_problems(pruned, x, this)
+            scores = _best_together(*problem, share) * (theirs.stages[number].weights()[0] != 0)
+        ours = _take_apart(apply_masks(pruned, keep_masks({name: scores}, share)))
         # This layer, and the one or two after it whose kernels the next choice looks at.
-        pruned = _repair_layers(ours, theirs, x, ridge, batch_size, range(number, number + 3))
+        pruned = _repair_layers(ours, theirs, x, ridge, batch_size, range(number, number + 2 + (kind == "neurons")))
     return pruned
 
 
@@ -837,19 +891,35 @@ def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -
         gram = gram[np.ix_(rows, rows)] + np.diag(ridge * strength[rows])
         scale = np.sqrt(gram.diagonal())[:, None]
         gram, cross = gram / (scale * scale.T), cross[place] / scale
+        gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
         if exact:
-            gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
             change = scipy.linalg.solve(gram, cross, assume_a="pos")
         else:
-            change = _conjugate_gradients(gram, cross * alive[place], alive[place])
+            change = _solve_within(gram, cross * alive[place], alive[place])
         weights[place] += change / scale
     return [part.astype(old.dtype) for part, old in zip((weights[:inputs], weights[-1]), own, strict=False)]
 
 
-def _conjugate_gradients(gram, cross, alive, finish: bool = True, share: float = 1e-3, limit: int = 300) -> np.ndarray:
+def _solve_within(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray, few: int = 256) -> np.ndarray:
+    """Solve gram · u = cross for all columns, each within its own `alive` rows.
+
+    Directly in columns with `few` rows, and in those that conjugate gradients do not reach.
+    """
+    found, direct, many = np.zeros(cross.shape), alive.copy(), np.flatnonzero(alive.sum(axis=0) > few)
+    if many.size:
+        found[:, many], reached = _conjugate_gradients(gram, cross[:, many], alive[:, many])
+        direct[:, many[reached]] = False
+    for columns, rows, own, parts in _column_by_column(gram, direct):
+        place = rows, columns[:, None]
+        found[place] = np.linalg.solve(parts, (cross[place] * own)[:, :, None])[:, :, 0]
+    harm = np.sum(found * (gram @ found - 2 * cross), axis=0) > 0  # further from dense than before
+    return np.where(harm, 0.0, found)
+
+
+def _conjugate_gradients(gram, cross, alive, share: float = 1e-3, limit: int = 300) -> tuple[np.ndarray, np.ndarray]:
     """Solve gram · u = cross for all columns, each within its own `alive` rows (Hestenes, Stiefel 1952).
 
-    Stops when `share` of each right-hand side is left, or at the `limit`; `finish` then solves what is left directly.
+    Stops when `share` of each right-hand side is left, or at the `limit`. Returns u, and which columns came so far.
     """
     most = np.abs(cross).max(axis=0)
     scale = np.where(most > 0, most, 1.0)
@@ -866,9 +936,4 @@ def _conjugate_gradients(gram, cross, alive, finish: bool = True, share: float =
         solution, residual = solution + length * direction, residual - length * image
         power, previous = ops.where(going, ops.sum(ops.square(residual), axis=0), power), power
         direction = ops.where(going, residual + ops.divide_no_nan(power, previous) * direction, 0.0)
-    found = ops.convert_to_numpy(solution) * scale
-    for unit in np.flatnonzero(ops.convert_to_numpy(power > enough) & finish):
-        rows = np.flatnonzero(alive[:, unit])
-        found[rows, unit] = np.linalg.solve(gram[np.ix_(rows, rows)], cross[rows, unit])
-    harm = np.sum(found * (gram @ found - 2 * cross), axis=0) > 0  # further from dense than before
-    return np.where(harm, 0.0, found)
+    return ops.convert_to_numpy(solution) * scale, ops.convert_to_numpy(power <= enough)

@@ -110,6 +110,14 @@ def forward(network, x):
     return inputs, sums
 
 
+def what_errors_count(network):
+    """By the L2 norm of the outgoing row, whose entries are each times what the next unit's errors count."""
+    counts = [np.ones(CLASSES)]
+    for kernel in kernels(network)[:0:-1]:
+        counts.insert(0, np.sqrt(np.diagonal(kernel @ np.diag(counts[0] ** 2) @ kernel.T)))
+    return counts
+
+
 def unexplained(rows, wanted, left):
     """The sum of squares of `wanted` that least squares cannot explain from the columns of `rows` that are left."""
     return np.sum((rows[:, left] @ np.linalg.lstsq(rows[:, left], wanted, rcond=None)[0] - wanted) ** 2)
@@ -141,3 +149,22 @@ def backward_elimination(inputs, mean, kernel, ridge=1e-3):
             rise[least], error = max(rise.max(), errors[least] - error), errors[least]
             left.remove(least)
     return rises / np.sum((rows @ kernel) ** 2)
+
+
+def chosen_together(inputs, mean, kernel, count, ridge=1e-3):
+    """Where ADMM ends with so many weights; every round solves for all of them."""
+
+    def largest(weights):
+        order = np.argsort(-np.abs(weights), axis=None)
+        return np.isin(np.arange(weights.size), order[:count]).reshape(weights.shape)
+
+    rows = np.vstack([inputs - mean, np.diag(np.sqrt(ridge * np.sum(inputs**2, axis=0)))])
+    length = np.linalg.norm(rows, axis=0)
+    kernel, rows = kernel * length[:, None], rows / np.where(length > 0, length, 1)
+    products, kept, strength, pull = rows.T @ rows, largest(kernel) * kernel, 0.1, 0
+    for _ in range(25):
+        wanted = products @ kernel + strength * (kept - pull)
+        free = np.linalg.solve(products + strength * np.eye(len(kernel)), wanted) + pull
+        kept = largest(free) * free
+        pull, strength = (free - kept) / 1.1, strength * 1.1
+    return largest(free)

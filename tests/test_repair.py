@@ -16,6 +16,7 @@ from networks import (
     assert_same_outputs,
     bits,
     chain,
+    chosen_together,
     dense,
     forward,
     fractions,
@@ -29,6 +30,7 @@ from networks import (
     random_network,
     scale_units,
     seeds,
+    what_errors_count,
 )
 
 import pruning_utils
@@ -36,7 +38,6 @@ from pruning_utils import apply_masks, keep_masks, prune_and_repair, prune_neuro
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 PRUNE = {"weights": prune_weights, "neurons": prune_neurons}
-SCORES = {"weights": pruning_utils.weight_scores, "neurons": pruning_utils.neuron_scores}
 both_kinds = pytest.mark.parametrize("prune", PRUNE.values(), ids=PRUNE.keys())
 with_and_without_bias = pytest.mark.parametrize("use_bias", [False, True])
 TINY = 1e-8  # about the smallest ridge that float32 can tell from none
@@ -44,9 +45,9 @@ TINY = 1e-8  # about the smallest ridge that float32 can tell from none
 
 @pytest.fixture
 def to_the_end(monkeypatch):
-    """Lets the solver for single weights go on until a ten-thousandth is left: what it solves, not how far."""
-    solve = partial(pruning_utils._conjugate_gradients, share=1e-4)
-    monkeypatch.setattr(pruning_utils, "_conjugate_gradients", solve)
+    """Solves for single weights by conjugate gradients, to a ten-thousandth: what they solve, not how far."""
+    for name, settings in {"_solve_within": {"few": 0}, "_conjugate_gradients": {"share": 1e-4}}.items():
+        monkeypatch.setattr(pruning_utils, name, partial(getattr(pruning_utils, name), **settings))
 
 
 strictly = pytest.mark.usefixtures("to_the_end")
@@ -181,10 +182,9 @@ def test_of_the_weights_of_a_double_input_every_unit_keeps_one_without_a_trace(r
     x, new = (np.tile(images(300, seed)[0], 2) for seed in (1, 7))
     half = rng.uniform(0.5, 1, (6, 12)) * rng.choice([-1, 1], (6, 12))
     network.set_weights([np.tile(half, (2, 1)), *network.get_weights()[1:]])
-    for way in (at_once, prune_and_repair):
-        repaired = way(network, {"hidden_1": 0.5, "hidden_2": 0}, x, ridge=ridge)
-        assert np.all((kernels(repaired)[0] != 0).reshape(2, 6, 12).sum(axis=0) == 1)
-        assert_same_outputs(repaired, network, new, rtol)
+    repaired = at_once(network, {"hidden_1": 0.5, "hidden_2": 0}, x, ridge=ridge)
+    assert np.all((kernels(repaired)[0] != 0).reshape(2, 6, 12).sum(axis=0) == 1)
+    assert_same_outputs(repaired, network, new, rtol)
 
 
 # --- Closer than before, layer by layer, and chosen so ------------------------------------------------------------
@@ -275,11 +275,17 @@ def test_prune_and_repair_chooses_and_repairs_one_layer_after_the_other(kind, sp
     network, (x, _) = random_network(10), images(300)  # choosing again changes the second layer, in neurons too
     expected, before = network, [*bits(network), x.tobytes()]
     found = prune_and_repair(network, sparsity, x, kind)
-    for name, kernel in zip(("hidden_1", "hidden_2"), kernels(found), strict=False):
+    for number, (name, kernel) in enumerate(zip(("hidden_1", "hidden_2"), kernels(found), strict=False)):
         share = sparsity[name] if isinstance(sparsity, dict) else sparsity
-        masks = keep_masks({name: SCORES[kind](expected, "reconstruction", x)[name]}, share)
-        expected = repair(apply_masks(expected, masks), network, x)
-        np.testing.assert_array_equal(kernel != 0 if kind == "weights" else kernel.any(axis=0), masks[name])
+        if kind == "weights":
+            inputs, kept = forward(expected, x)[0][number], kernel.size - round(share * kernel.size)
+            weighted = kernels(expected)[number] * what_errors_count(network)[number]
+            mask = chosen_together(inputs, inputs.mean(axis=0), weighted, kept)
+            expected = with_weights(expected, [*expected.get_weights()[:-2], *network.get_weights()[-2:]])  # fit once
+        else:
+            mask = keep_masks({name: pruning_utils.neuron_scores(expected, "reconstruction", x)[name]}, share)[name]
+        expected = repair(apply_masks(expected, {name: mask}), network, x)
+        np.testing.assert_array_equal(kernel != 0 if kind == "weights" else kernel.any(axis=0), mask)
     assert_same_outputs(found, expected, x, rtol=5e-3)
     assert [*bits(network), x.tobytes()] == before and (sparsity != 0 or bits(found) == before[:-1])
 
@@ -383,9 +389,7 @@ def test_repair_goes_nearly_all_the_way_to_the_least_squares(prune, seed, sparsi
 @pytest.mark.parametrize("kind", PRUNE)
 def test_units_scaled_on_the_way_in_and_back_on_the_way_out_are_repaired_to_the_same_function(kind):
     network, (x, _), (new, _) = random_network(5), images(300), images(100, seed=7)
-    # Weights are chosen by their units' outgoing rows, which scaled units of the next layer change.
-    factors = np.geomspace(1e-3, 1e3, 12), np.geomspace(1e3, 1, 8) ** (kind == "neurons")
-    scaled = scale_units(random_network(5), *factors)
+    scaled = scale_units(random_network(5), np.geomspace(1e-3, 1e3, 12), np.geomspace(1e3, 1, 8))
     for way in (at_once, prune_and_repair):
         repaired = way(network, 0.5, x, kind)
         assert_same_outputs(way(scaled, 0.5, x, kind), repaired, new, rtol=1e-3)
@@ -471,29 +475,34 @@ def test_single_weights_are_solved_for_even_where_that_takes_many_steps():
     assert_nearly_least(repair(pruned, network, x, 1e-5), pruned, network, x, 1e-5)
 
 
-def test_what_conjugate_gradients_do_not_reach_is_solved_for_directly():
+def test_single_weights_are_solved_for_side_by_side_or_directly_with_the_same_result(monkeypatch):
     rng = np.random.default_rng(0)
-    rows, alive = rng.normal(size=(50, 20)), rng.random((20, 4)) < 0.5
-    gram, cross = rows.T @ rows / 50 + 1e-3 * np.eye(20), rng.normal(size=(20, 4)) * alive
+    rows, alive = rng.normal(size=(50, 20)), rng.random((20, 5)) < np.array([0.2, 0.4, 0.5, 0.7, 0.0])
+    gram, cross = rows.T @ rows / 50 + 1e-3 * np.eye(20), rng.normal(size=(20, 5)) * alive
     exact = np.zeros(cross.shape)
     for unit, free in enumerate(alive.T):
         exact[free, unit] = np.linalg.solve(gram[np.ix_(free, free)], cross[free, unit])
-    solve = partial(pruning_utils._conjugate_gradients, gram, cross, alive)
-    np.testing.assert_allclose(solve(), exact, atol=5e-3 * np.abs(exact).max())
-    np.testing.assert_allclose(solve(limit=2), exact, rtol=1e-9)
-    early = solve(finish=False, limit=2)  # a step of elimination, which goes on from there
-    assert np.all(np.sum(early * (2 * cross - gram @ early), axis=0) > 0) and not early[~alive].any()
+    solve, side_by_side = pruning_utils._solve_within, pruning_utils._conjugate_gradients
+    np.testing.assert_allclose(solve(gram, cross, alive), exact, rtol=1e-9)
+    np.testing.assert_allclose(solve(gram, cross, alive, few=0), exact, atol=5e-3 * np.abs(exact).max())
+    early, reached = side_by_side(gram, cross, alive, limit=2)  # a step of elimination, which goes on from there
+    assert np.all(np.sum(early * (2 * cross - gram @ early), axis=0)[:4] > 0) and not early[~alive].any()
+    assert not reached[:4].any() and reached[4]
+    monkeypatch.setattr(pruning_utils, "_conjugate_gradients", partial(side_by_side, limit=2))
+    np.testing.assert_allclose(solve(gram, cross, alive, few=8), exact, rtol=1e-9)  # what they do not reach
 
 
 def test_the_solver_changes_nothing_where_rounding_has_left_no_curvature():
     gram, cross = np.array([[1, 1 + 1e-5], [1 + 1e-5, 1]]), np.array([[1.0], [-1 + 1e-4]])  # an eigenvalue is -1e-5
-    assert np.abs(pruning_utils._conjugate_gradients(gram, cross, np.ones((2, 1), bool))).max() < 1
+    for few in (0, 2):
+        assert np.abs(pruning_utils._solve_within(gram, cross, np.ones((2, 1), bool), few)).max() < 1
 
 
 def test_a_unit_that_needs_nothing_beside_one_that_does_stays_as_it_is():
     gram, cross = np.eye(3), np.array([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]], np.float32)
-    found = pruning_utils._conjugate_gradients(gram, cross, np.ones((3, 2), bool))
-    np.testing.assert_allclose(found, cross, rtol=1e-6)
+    for few in (0, 3):
+        found = pruning_utils._solve_within(gram, cross, np.ones((3, 2), bool), few)
+        np.testing.assert_allclose(found, cross, rtol=1e-6)
 
 
 def test_prune_and_repair_brings_no_weight_back_that_is_0_in_the_dense_network():
