@@ -794,8 +794,9 @@ def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x: A
     `kind` is "weights" or "neurons". What a layer keeps is chosen when those before it are pruned and repaired, from
     the inputs it has by then; weights are chosen for this one sparsity, by ADMM (ALPS, Meng et al. 2024), neurons as
     `neuron_scores` has it. (`prune_weights` chooses in all layers of the dense network, and one score serves all
-    sparsities.) Weights that are 0 in the dense network go first; of two inputs that are always equal ADMM keeps both
-    or neither. Arguments and errors are those of `keep_masks` and `repair`.
+    sparsities.) In the study this pays for weights, by more the more of them go, and not for neurons. Weights that are
+    0 in the dense network go first. Of two inputs that are always equal ADMM keeps both or neither. Arguments and
+    errors are those of `keep_masks` and `repair`.
     """
     _choice("kind", kind, ("weights", "neurons"))
     theirs, x, pruned = _take_apart(network, check=True), _images(network, x), network
