@@ -330,8 +330,8 @@ def _weight_problems(network, x, layers: range | None = None) -> Iterable[tuple[
 def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Rank weights by backward elimination: what is needed least goes, the rest is refitted, and so on.
 
-    Takes what `_weight_problems` has. Returns by how much the squared error rises when a weight goes, or one before it.
-    As long as many are left, a quarter goes at a time, those with the smallest |w| · rms of the input.
+    Takes what `_weight_problems` has. Returns higher scores for what goes later: sums of what rounds and weights before
+    it cost. As long as many are left, a quarter goes at a time, those with the smallest |w| · rms of the input.
     """
     if not np.isfinite(kernel).all():
         return np.full(kernel.shape, np.nan)
@@ -412,12 +412,19 @@ def _neuron_reconstruction(network, x) -> list[np.ndarray]:
 
 
 def _neuron_problems(network, x, layers: range | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield for all prunable layers, or for these, the mean products of outputs, and the kernel that takes them."""
-    kernels, sent = _kernels(network), _sent_on(network)
-    layers = layers or range(len(kernels) - 1)
+    """Yield for all prunable layers, or for these, what their units are chosen by.
+
+    That is the mean products of their outputs, without what the next bias takes up, and the next kernel in units of
+    what errors of its units count.
+    """
+    stages, kernels, sent = _take_apart(network).stages, _kernels(network), _sent_on(network)
+    layers = layers or range(len(stages) - 1)
     following = range(layers.start + 1, layers.stop + 1)
     for number, gram in zip(following, _grams(network, x, following), strict=True):
-        yield gram[:-1, :-1], kernels[number] * sent[number]
+        mean, energy = gram[:-1, -1] * stages[number].layer.use_bias, gram.diagonal()[:-1]
+        varies = energy - mean**2 > 1e-5 * energy  # or only rounding is left
+        gram = (gram[:-1, :-1] - np.outer(mean, mean)) * np.outer(varies, varies)
+        yield gram, kernels[number] * sent[number]
 
 
 def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:

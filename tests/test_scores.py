@@ -12,6 +12,7 @@ from networks import (
     INPUTS,
     backward_elimination,
     chain,
+    dense,
     forward,
     functional_network,
     gentle_network,
@@ -84,8 +85,8 @@ def backward(network, x, y):
     return deltas
 
 
-# From the input, kernel, pre-activation and gradient of a layer, the input and kernel of the next, the mean input where
-# there is a bias (or 0), and what errors of the units of the layer and of the next count.
+# From the input, kernel, pre-activation and gradient of a layer, the input and kernel of the next, the mean inputs of
+# both where there is a bias (or 0), and what errors of the units of both count.
 ORACLES = {
     (weight_scores, "magnitude"): lambda a, w, z, d, *_: np.abs(w),
     (weight_scores, "activation"): lambda a, w, z, d, *_: np.abs(w) * np.sqrt(np.mean(a**2, axis=0))[:, None],
@@ -93,8 +94,8 @@ ORACLES = {
     (neuron_scores, "norm"): lambda a, w, *_: [np.linalg.norm(column) for column in w.T],
     (neuron_scores, "activation"): lambda a, w, z, d, b, v, *_: np.sqrt(np.mean(b**2, axis=0) * np.sum(v**2, axis=1)),
     (neuron_scores, "taylor"): lambda a, w, z, d, *_: np.mean(np.abs(z * d), axis=0),
-    (weight_scores, "reconstruction"): lambda a, w, z, d, b, v, m, s, t: backward_elimination(a, m, w * s),
-    (neuron_scores, "reconstruction"): lambda a, w, z, d, b, v, m, s, t: greedy_selection(b, v * t),
+    (weight_scores, "reconstruction"): lambda a, w, z, d, b, v, m, n, s, t: backward_elimination(a, m, w * s),
+    (neuron_scores, "reconstruction"): lambda a, w, z, d, b, v, m, n, s, t: greedy_selection(b - n, v * t),
 }
 
 
@@ -103,9 +104,9 @@ ORACLES = {
 def test_scores_equal_plain_numpy(scores, criterion, use_bias):
     network, (x, y) = random_network(3, use_bias), images(5_003)  # more than one batch
     (inputs, sums), weights = forward(network, x), [np.float64(kernel) for kernel in kernels(network)]
-    means = [signal.mean(axis=0) * use_bias for signal in inputs]
-    counts = what_errors_count(network)
-    parts = inputs, weights, sums, backward(network, x, y), inputs[1:], weights[1:], means, counts, counts[1:]
+    means = [a.mean(axis=0) * layer.use_bias for a, layer in zip(inputs, dense(network), strict=True)]
+    parts = [inputs, weights, sums, backward(network, x, y), inputs[1:], weights[1:], means, means[1:]]
+    parts += [what_errors_count(network), what_errors_count(network)[1:]]
     expected = {f"hidden_{number}": ORACLES[scores, criterion](*each)
                 for number, each in enumerate(zip(*parts, strict=False), start=1)}  # fmt: skip
     assert_same(scores(network, criterion, x, y), expected)
