@@ -8,6 +8,11 @@ CODE := pruning_utils.py notebooks/study.py notebooks/training.py
 DONE := $(patsubst notebooks/%.ipynb,data/cache/%.done,$(sort $(wildcard notebooks/[0-9]*.ipynb)))
 TRAINED := data/cache/01_training.done
 TIMED := data/cache/06_speed.done
+# What runs side by side shares the cores: with more threads than cores, scores and repair were several times as slow.
+THREADS := $(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // $(JOBS)))")
+SHARED := OMP_NUM_THREADS=$(THREADS) TF_NUM_INTRAOP_THREADS=$(THREADS)
+SIDE_BY_SIDE := $(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=1800
 export TQDM_DISABLE ?= 1
 
 .PHONY: study test lab bench
@@ -19,7 +24,7 @@ study: .venv/study
 
 $(DONE): data/cache/%.done: notebooks/%.ipynb $(CODE)
 	@mkdir -p data/cache
-	@$(BIN)/python notebooks/run.py $<
+	@$(if $(filter-out $(TRAINED) $(TIMED),$@),$(SHARED)) $(BIN)/python notebooks/run.py $<
 	@touch $@
 
 $(filter-out $(TRAINED),$(DONE)): $(TRAINED)
@@ -28,9 +33,10 @@ $(TIMED): $(filter-out $(TIMED),$(DONE)) # it measures time: alone
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile tests
-	KERAS_BACKEND=jax $(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(addprefix tests/test_,masks.py scores.py networks.py shrink.py repair.py)
-	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
+	$(SHARED) $(SIDE_BY_SIDE) tests
+	$(SHARED) KERAS_BACKEND=jax $(SIDE_BY_SIDE) $(addprefix tests/test_,masks.py scores.py networks.py shrink.py repair.py)
+	$(BIN)/pytest $(NBVAL) notebooks/01_training.ipynb
+	$(SHARED) $(SIDE_BY_SIDE) $(NBVAL) --ignore=notebooks/01_training.ipynb notebooks
 
 lab: export TQDM_DISABLE =
 lab: .venv/study
