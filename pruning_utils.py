@@ -1,8 +1,9 @@
-"""Prune, repair and shrink Keras 3 networks: single weights or whole neurons.
+"""Prune, repair and shrink Keras 3 networks: single weights or whole units.
 
-Every function returns a new network, of the same class and not compiled, and leaves its arguments alone. Any built
-chain of `Dense` layers will do, `Sequential` or functional. A kernel has the shape (inputs, units); a mask is boolean,
-True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
+Every function returns a new network, of the same class and not compiled, and leaves its arguments alone. Any network
+that is a graph of layers will do, `Sequential` or functional: branches, sums, nested and shared layers. A unit is one
+output channel of a kernel (…, inputs, units): a neuron, a filter, a head of attention; what a sum ties is one unit. A
+mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
 
     >>> layers = [keras.layers.Dense(30, "relu", name="hidden"), keras.layers.Dense(10)]
     >>> network = keras.Sequential([keras.Input((16,)), *layers])
@@ -11,58 +12,344 @@ True = kept; a score is higher for what should be kept; sparsity is a fraction i
 """
 
 import inspect
+import itertools
 import math
 import numbers
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import scipy.linalg
-from keras import Model, ops
-from keras.layers import Activation, Dense, Dropout, Flatten, ReLU, Softmax
+import scipy.sparse
+from keras import KerasTensor, Model, ops, tree
+from keras.layers import Lambda, Layer, TimeDistributed
 
-# Keras' own types. A subclass of yours that computes the same may be added: SUPPORTED.add(MyDense).
-SUPPORTED = {Dense, Flatten, Dropout, Activation, ReLU, Softmax}
-BATCH_SIZE = 4096  # images per forward pass
+BATCH_SIZE = 4096  # images per forward pass, at most;
+SIGNALS = 2**27  # fewer where all tensors of the network together would hold more numbers than this
+ROWS = 2**14  # positions per forward pass that least squares look at, of layers that have several per image
 Array = np.ndarray | None
-Arrays = dict[str, np.ndarray]  # layer name -> scores or mask
+Arrays = dict[str, np.ndarray]  # name -> scores or mask
 
-# --- What can be pruned -------------------------------------------------------------------------------------------
-
-
-class _Stage(NamedTuple):
-    """A Dense layer, the shape of its output, and the layers between it and the next Dense layer."""
-
-    layer: Dense
-    shape: tuple
-    after: list
-
-    def weights(self) -> list[np.ndarray]:
-        return [ops.convert_to_numpy(weight) for weight in self.layer.weights]
-
-    def sums(self, inputs, weights: list | None = None):
-        """Return the pre-activations, in float32 at least, for the layer's own or other `weights`."""
-        kernel, *bias = (ops.stop_gradient(_wide(weight)) for weight in weights or self.layer.weights)
-        sums = ops.matmul(inputs, kernel)
-        return ops.add(sums, bias[0]) if bias else sums
-
-    def act(self, sums):
-        """Return what the next Dense layer receives for these pre-activations."""
-        return _through(self.after, self.layer.activation(sums))
+# --- The channels of a network ------------------------------------------------------------------------------------
+#
+# Every channel has a number. Arrays of numbers, of the shape of one example's tensor, are sent through the network; its
+# layers cannot tell them from images. 0 is a channel that stays; below 0 is one that is not 0 everywhere when its unit
+# is removed (after a sigmoid, say). Numbers that a sum ties are one unit, and so are all that depend on each other.
 
 
-class _Chain(NamedTuple):
-    """A network taken apart: the layers before the first Dense layer, and a stage per Dense layer."""
+class _Kernel(NamedTuple):
+    """A kernel, and the numbers of the channels that it takes and makes."""
 
-    network: Model
-    before: list
-    stages: list[_Stage]
+    name: str
+    layer: Layer
+    weight: keras.Variable
+    bias: keras.Variable | None
+    form: str  # "dense", "convolution", "transposed" or "depthwise"
+    inputs: np.ndarray
+    units: np.ndarray
 
-    def start(self, images: np.ndarray):
-        """Return what the first Dense layer receives for a batch of images."""
-        return _through(self.before, _wide(ops.convert_to_tensor(images, self.network.inputs[0].dtype)))
+    def weights(self) -> list:
+        return [weight for weight in (self.weight, self.bias) if weight is not None]
+
+    def taps(self) -> np.ndarray:
+        """Return the kernel as an array (taps, inputs, units); depthwise (taps, units)."""
+        weight = ops.convert_to_numpy(_wide(self.weight))
+        if self.form == "transposed":
+            return weight.reshape(-1, len(self.units), len(self.inputs)).swapaxes(1, 2)
+        return weight.reshape(-1, *([] if self.form == "depthwise" else [len(self.inputs)]), len(self.units))
+
+    def matrix(self, weight=None) -> np.ndarray:
+        """Return the kernel, or a mask of its shape, as the matrix by which what `_rows` returns is multiplied."""
+        weight = ops.convert_to_numpy(_wide(self.weight)) if weight is None else weight
+        if self.form == "transposed":
+            weight = np.moveaxis(weight, -1, 0)
+            return weight.reshape(len(weight), -1)
+        return weight.reshape(-1, len(self.units))
+
+    def tensor(self, matrix: np.ndarray) -> np.ndarray:
+        """Return such a matrix in the shape of the kernel."""
+        shape = tuple(self.weight.shape)
+        if self.form == "transposed":
+            return np.moveaxis(matrix.reshape(shape[-1], *shape[:-1]), 0, -1)
+        return matrix.reshape(shape)
+
+    def per_column(self, values: np.ndarray) -> np.ndarray:
+        """Return what there is per unit for every column of the matrix."""
+        return np.tile(values, math.prod(self.weight.shape[:-2])) if self.form == "transposed" else values
+
+
+class _Link(NamedTuple):
+    """Which channels others are computed from, one by one or by a kernel.
+
+    edges() is an array (taps, sources, targets) of a kernel, or (…, targets); constant() says which targets are not 0
+    even if all sources are.
+    """
+
+    sources: list[np.ndarray]
+    targets: np.ndarray
+    kernel: bool = False
+    edges: Callable = lambda: np.ones(1)
+    constant: Callable = lambda: False
+
+
+class _Slice(NamedTuple):
+    """Along an axis, a weight has an entry per channel; it is zeroed with the unit, or only cut off."""
+
+    weight: keras.Variable
+    axis: int
+    numbers: np.ndarray
+    zeroed: bool
+
+
+class _Call(NamedTuple):
+    """An operation of the graph, what it is called with, and the numbers that arrive and their shapes."""
+
+    operation: keras.Operation
+    args: tuple
+    kwargs: dict
+    tensors: list[KerasTensor]
+    ends: list[KerasTensor]
+
+    @property
+    def inputs(self) -> list[np.ndarray]:
+        return [tensor.numbers for tensor in self.tensors]
+
+    @property
+    def shape(self) -> tuple:
+        return _shape(self.ends[0])
+
+
+class _Graph:
+    """A network and its channels: which weights make them, take them, and which are one unit."""
+
+    def __init__(self, network: Model, check: bool = False):
+        _check_network(network, check)
+        self.network, self.paths, self.steps, self.count, self.signals = network, dict(_paths(network)), [], 1, 0
+        self.ties, self.seen, self.slices, self.links, self.makers = [np.zeros((2, 1), int)], {}, [], [], {}
+        self.kernels, self.calls, self.positions, self.called, self.sizes, self.acts = {}, {}, {}, {}, {}, []
+        self.unknown, self.reasons, self.after, self.beside = [], [], {}, {}
+        starts = [KerasTensor(tensor.shape, tensor.dtype) for tensor in network.inputs]
+        for start in starts:
+            self._label(start, np.zeros(1, int))
+        ends = tree.flatten(_walk(network, starts, self._send, self._enter))
+        for end in ends:
+            end.uses += 1
+        self.ends = np.unique(np.abs(np.concatenate([_thin(end.numbers).ravel() for end in ends])))
+        self.stay(self.ends)
+        found = self._tied(np.concatenate(self.ties, axis=1))
+        self.unit = np.where(found == found[0], 0, found + 1)  # of each number
+        self.entries, taken = {}, {0}  # name -> units, under the first layer that makes them
+        for name, (made, *_) in self.makers.items():
+            if own := [unit for unit in dict.fromkeys(self.unit[made].tolist()) if unit not in taken]:
+                self.entries[name] = np.array(own)
+                taken.update(own)
+        last = np.zeros(self.count, bool)  # what reaches an output without another kernel
+        last[self.ends] = True
+        for link in reversed([link for link in self.links if not link.kernel]):
+            for source in link.sources:
+                np.logical_or.at(last, source, last[link.targets])
+        self.last = [kernel for kernel in self.kernels.values() if last[kernel.units].any()]
+        self.hidden = [kernel for kernel in self.kernels.values() if not last[kernel.units].any()]
+        once = {name for name, count in self.called.items() if count == 1}
+        self.repeated = len(once) < len(self.kernels)
+        self.after = {name: layer for name, (layer, sums) in self.after.items() if name in once and sums.uses == 1}
+        self.beside = {name: steps for name, (steps, *path) in self.beside.items()
+                       if name in once and all(tensor.uses == 1 for tensor in path)}  # fmt: skip
+        self.batch_size = max(1, min(BATCH_SIZE, SIGNALS // self.signals))
+
+    def _tied(self, pairs: np.ndarray) -> np.ndarray:
+        tied = scipy.sparse.coo_array((np.ones(pairs.shape[1], bool), pairs), shape=(self.count,) * 2)
+        return scipy.sparse.csgraph.connected_components(tied, directed=False)[1]
+
+    def _send(self, operation, *args, **kwargs):
+        result = operation.compute_output_spec(*args, **kwargs)
+        tensors = [each for each in tree.flatten((args, kwargs)) if isinstance(each, KerasTensor)]
+        call, rule = _Call(operation, args, kwargs, tensors, tree.flatten(result)), _rule(operation)
+        self.steps.append(operation)
+        found = rule(self, call) if rule else None
+        for tensor in tensors:
+            tensor.uses += 1
+        for end, each in zip(call.ends, tree.flatten(self._keep(call) if found is None else found), strict=True):
+            self._label(end, each)
+        return result
+
+    def _label(self, tensor: KerasTensor, found: np.ndarray) -> None:
+        tensor.numbers, tensor.step, tensor.uses = np.broadcast_to(found, _shape(tensor)), len(self.steps), 0
+        self.signals += tensor.numbers.size
+
+    def _enter(self, network: Model, starts: list[KerasTensor]) -> None:
+        for number, start in enumerate(starts):
+            self.resize(network, number, start.numbers)
+
+    def _keep(self, call: _Call) -> list[np.ndarray]:
+        """Keep all channels of an operation without a rule, or that its rule does not fit."""
+        operation, own = call.operation, self.new(1)
+        received = np.concatenate([[0], *(_thin(each).ravel() for each in call.inputs)])
+        weights = getattr(operation, "variables", [])
+        if weights or received.any():
+            self.unknown.append(f"{operation.name!r} ({type(operation).__name__})")
+        self.stay(own)
+        self.stay(received, f"{operation.name!r} ({type(operation).__name__}) has no rule")
+        self.links.append(_Link([np.abs(received)], own, bool(weights), lambda: np.ones((1, len(received), 1))))
+        return [own for _ in call.ends]
+
+    # What rules are written with. They take the graph and a call; they return numbers, or None if they do not fit.
+
+    def new(self, count: int) -> np.ndarray:
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+    def tie(self, some: np.ndarray, others: np.ndarray) -> None:
+        self.ties.append(np.abs(np.stack(np.broadcast_arrays(some, others))).reshape(2, -1))
+
+    def stay(self, some: np.ndarray, why: str = "") -> None:
+        """Let channels stay, and all that are tied to them."""
+        self.tie(some, 0)
+        if why and np.any(some):
+            self.reasons.append((np.abs(some).ravel(), why))
+
+    def same(self, place: object, some: np.ndarray) -> np.ndarray:
+        """Tie what the calls of one layer meet in the same place; return what the first one met."""
+        known = self.seen.setdefault(place, some)
+        if known is not some:
+            self.tie(known, some) if known.shape == some.shape else (self.stay(known), self.stay(some))
+        return known
+
+    def along(self, found: np.ndarray, axis: int) -> np.ndarray:
+        """Return the numbers along an axis; if they differ along another one, they stay."""
+        thin, axis = _thin(found), axis % found.ndim
+        if any(size > 1 and place != axis for place, size in enumerate(thin.shape)):
+            self.stay(thin, "a layer takes another axis for that of the units")
+            return np.zeros(found.shape[axis], int)
+        return np.broadcast_to(thin.ravel(), found.shape[axis])
+
+    def boxed(self, found: np.ndarray) -> np.ndarray:
+        """Tie numbers until they differ along one axis only: what is left of a tensor must be a box."""
+        thin = _thin(found)
+        if sum(size > 1 for size in thin.shape) > 1:
+            last = max(place for place, size in enumerate(thin.shape) if size > 1)
+            others = tuple(place for place in range(thin.ndim) if place != last)
+            self.tie(thin, np.abs(thin).max(axis=others, keepdims=True))
+            thin = np.abs(thin).max(axis=others, keepdims=True) * np.where((thin < 0).any(others, keepdims=True), -1, 1)
+        return np.broadcast_to(thin, found.shape)
+
+    def follow(self, *sources: np.ndarray, silent: object = True, together: bool = True, **link) -> np.ndarray:
+        """Return new numbers for channels that are computed from others one by one, and are one unit with them.
+
+        together: they are 0 where any of the sources is, not only where all are.
+        """
+        targets = np.where(np.any(sources, axis=0), self.new(len(sources[0])), 0)
+        sources = [np.abs(source) for source in sources]
+        for source in sources:
+            self.tie(source, targets)
+        self.links += [_Link(each, targets, **link) for each in ([sources] if together else [[one] for one in sources])]
+        return np.where(silent, targets, -targets)
+
+    def resize(self, operation, setting: object, found: np.ndarray) -> None:
+        """Note that a setting of an operation is the length of a vector of numbers, or the shape of an array."""
+        self.same((id(operation), setting), _thin(found).ravel())
+        self.sizes.setdefault(id(operation), {})[setting] = found
+
+    def cut(self, weight: keras.Variable, axis: int, found: np.ndarray, zeroed: bool = True) -> np.ndarray:
+        """Note that a weight has an entry per channel along an axis; return the numbers that it has there."""
+        if (known := self.same((id(weight), axis), found)) is found:
+            self.slices.append(_Slice(weight, axis, np.abs(found), zeroed))
+        return known
+
+    def make(self, call: _Call, layer: Layer, setting: str, weight, axis: int, bias=None, part: str = "") -> np.ndarray:
+        """Return the numbers that a layer makes: along an axis of its kernel, as many as one of its settings says."""
+        made = self.cut(weight, axis, self.new(weight.shape[axis]))
+        if bias is not None:
+            self.cut(bias, 0, made)
+        self.makers[self.paths[id(call.operation)] + part] = made, weight, axis
+        self.resize(layer, setting, made)
+        return made
+
+    def kernel(self, call: _Call, layer, weight, bias, form: str, inputs, units, positions=0, part: str = "") -> None:
+        """Note that a layer takes channels by a kernel, at so many positions, and makes others of them."""
+        _check_layer(layer)
+        self.stay(inputs[inputs < 0], f"{layer.name!r} receives from it what is not 0 without it")
+        name = self.paths[id(call.operation)] + part
+        known = self.kernels.setdefault(name, _Kernel(name, layer, weight, bias, form, np.abs(inputs), units))
+        if known not in (own := self.calls.setdefault(id(call.operation), [])):
+            own.append(known)
+        self.positions[name], self.called[name] = self.positions.get(name, 0) + positions, self.called.get(name, 0) + 1
+        edges, biased = known.taps, (lambda: ops.convert_to_numpy(bias) != 0) if bias is not None else (lambda: False)
+        self.links.append(_Link([np.abs(inputs)], known.units, True, edges, biased))
+
+    def act(self, function: Callable, found: np.ndarray, name: str) -> np.ndarray:
+        """Send numbers through a function that may change every channel, but none by another."""
+        thin = _thin(found)
+        places = [place for place, size in enumerate(thin.shape) if size > 1]
+        axis = places[0] if places else found.ndim - 1
+        shape = (3, *(size if place == axis else min(size, 2) for place, size in enumerate(found.shape)))
+        self.acts.append((function, shape))
+        if not thin.any() or function in (keras.activations.relu, keras.activations.linear):
+            return found
+        signal = ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape), "float32")
+        received, silent = ops.convert_to_numpy(function(signal)), True
+        vector = np.arange(found.shape[axis]).reshape(-1, *[1] * (found.ndim - axis - 1))
+        for gone in (vector % 2 == 0, vector % 2 == 1) if places else (vector >= 0,):
+            got = ops.convert_to_numpy(function(ops.where(gone, 0.0, signal)))
+            gone = np.broadcast_to(gone, got.shape)
+            if not np.array_equal(got[~gone], received[~gone]):
+                self.stay(thin, f"{name!r} mixes units")
+                return found
+            silent &= not got[gone].any()
+        if silent:
+            return found
+        targets = self.follow(thin.ravel(), silent=False, constant=lambda: True).reshape(thin.shape)
+        return np.broadcast_to(targets, found.shape)
+
+
+def _walk(network: Model, inputs: list, apply: Callable, enter: Callable = lambda network, inputs: None):
+    """Send values through a network and those nested in it: apply(operation, …) once for every call, in order."""
+
+    def visit(operation):
+        if not _is_graph(operation):
+            return lambda *args, **kwargs: apply(operation, *args, **kwargs)
+        return lambda inputs, **_: _walk(operation, tree.flatten(inputs), apply, enter)
+
+    enter(network, inputs)
+    return _through(network, inputs, visit)
+
+
+def _through(network: Model, inputs: list, visit: Callable):
+    """Call visit(operation) with what arrives there, for every call of an operation, in order.
+
+    Keras' own walk does it. It is private: an error here says that your Keras is not one that was tested.
+    """
+    function = keras.Function(network.inputs, network.outputs) if isinstance(network, keras.Sequential) else network
+    return function._run_through_graph(inputs, operation_fn=visit)
+
+
+def _is_graph(thing) -> bool:
+    graph = isinstance(thing, keras.Sequential) or (isinstance(thing, Model) and hasattr(thing, "_run_through_graph"))
+    return graph and type(thing).call.__module__.startswith("keras.")
+
+
+def _paths(network: Model, before: str = "") -> Iterable[tuple[int, str]]:
+    for layer in network.layers:
+        yield id(layer), before + layer.name
+        if _is_graph(layer):
+            yield from _paths(layer, f"{before}{layer.name}/")
+
+
+def _shape(tensor: KerasTensor) -> tuple:
+    return tuple(size or 1 for size in tensor.shape[1:])  # an open length counts as one
+
+
+def _thin(found: np.ndarray) -> np.ndarray:
+    """Return an array of numbers with length 1 along axes where they do not differ: images have many positions."""
+    found = found[tuple(slice(None if stride else 1) for stride in found.strides)]
+    for axis in range(found.ndim):
+        first = found[(slice(None),) * axis + (slice(1),)]
+        found = first if (found == first).all() else found
+    return found
 
 
 def _wide(array):
@@ -71,95 +358,357 @@ def _wide(array):
     return ops.cast(array, keras.backend.result_type(array.dtype, "float32"))
 
 
-def _through(layers: Iterable[keras.layers.Layer], signal):
-    for layer in layers:  # `call`, because `layer(signal)` would round to the precision of the layer
-        signal = signal if isinstance(layer, Dropout) else layer.call(signal)
-    return signal
+# --- Rules --------------------------------------------------------------------------------------------------------
 
 
-def _rows(array):
-    return ops.reshape(array, (-1, array.shape[-1]))
+def _first(layer) -> bool:
+    return getattr(layer, "data_format", None) == "channels_first"
 
 
-def _batches(images: np.ndarray, size: int = BATCH_SIZE) -> list[slice]:
-    return [slice(first, first + size) for first in range(0, len(images), size)]
+def _spread(graph: _Graph, call: _Call, made: np.ndarray, layer=None) -> np.ndarray:
+    """Place numbers along the axis of the channels, and send them through the layer's activation."""
+    layer = layer or call.operation
+    place = (-1, *[1] * (len(call.shape) - 1)) if _first(layer) else (-1,)
+    found = np.broadcast_to(made.reshape(place), call.shape)
+    activation, own = getattr(layer, "activation", None), graph.calls.get(id(call.operation))
+    if own and own[-1].form != "transposed" and activation in (None, keras.activations.linear):
+        call.ends[0].origin = own[-1], [call.ends[0]]  # the kernel whose sums these are
+    return graph.act(activation, found, layer.name) if activation is not None else found
 
 
-def prunable_layers(network: Model) -> list[Dense]:
-    """Return the `Dense` layers that may be pruned: all but the last one, the output layer.
-
-    Raises `TypeError` for a network or layer that is not supported, `ValueError` for a network that is not built, has
-    only one `Dense` layer, is not a chain of layers used once, or holds NaN or infinite weights.
-    """
-    return [stage.layer for stage in _take_apart(network, check=True).stages[:-1]]
-
-
-def _take_apart(network: Model, check: bool = False) -> _Chain:
-    """Return a network's layers as a chain; `check` looks at all weights, once per call of a public function."""
-    layers, chain = _layers_in_order(network), _Chain(network, [], [])
-    shape = network.inputs[0].shape
-    for layer in layers:
-        shape, stages = layer.compute_output_shape(shape), chain.stages
-        if not isinstance(layer, Dense):
-            (stages[-1].after if stages else chain.before).append(layer)
-            continue
-        if stages and (units := stages[-1].layer.units) != (inputs := layer.kernel.shape[0]):
-            raise ValueError(f"layer {stages[-1].layer.name!r} has {units} units, but {layer.name!r} takes {inputs}")
-        if check and not all(np.isfinite(ops.convert_to_numpy(weight)).all() for weight in layer.weights):
-            raise ValueError(f"layer {layer.name!r} holds NaN or infinite weights; nothing can be done with it")
-        stages.append(_Stage(layer, shape, []))
-    if len(chain.stages) < 2:
-        names = [stage.layer.name for stage in chain.stages]
-        raise ValueError(f"pruning needs a hidden layer before the output layer; {network.name!r} has only {names}")
-    return chain
+def _dense(graph: _Graph, call: _Call):
+    layer = call.operation.layer if isinstance(call.operation, TimeDistributed) else call.operation
+    if type(layer) is not keras.layers.Dense and type(layer) not in RULES:
+        return None
+    inputs = graph.cut(layer.kernel, 0, graph.along(call.inputs[0], -1), zeroed=False)
+    units = graph.make(call, layer, "units", layer.kernel, 1, layer.bias)
+    graph.kernel(call, layer, layer.kernel, layer.bias, "dense", inputs, units, math.prod(call.shape[:-1]))
+    return _spread(graph, call, units, layer)
 
 
-def _layers_in_order(network: Model) -> list[keras.layers.Layer]:
-    """Return the layers in order of execution, or say why this network is not a plain chain of supported layers."""
-    sequential, name = isinstance(network, keras.Sequential), getattr(network, "name", None)
-    if not sequential and not (isinstance(network, Model) and hasattr(network, "_nodes_by_depth")):
-        raise TypeError(f"expected a keras.Sequential or a functional network, got {type(network).__name__}")
-    if not type(network).call.__module__.startswith("keras."):
-        raise TypeError(f"network {name!r} is not supported: {type(network).__name__} has a `call` of its own")
+def _convolution(graph: _Graph, call: _Call):
+    layer, transposed = call.operation, "Transpose" in type(call.operation).__name__
+    if layer.groups != 1:
+        return None
+    ins, outs = (layer.rank + 1, layer.rank) if transposed else (layer.rank, layer.rank + 1)
+    inputs = graph.cut(layer.kernel, ins, graph.along(call.inputs[0], 0 if _first(layer) else -1), zeroed=False)
+    units = graph.make(call, layer, "filters", layer.kernel, outs, layer.bias)
+    places = math.prod(call.inputs[0].shape) // len(inputs) if transposed else math.prod(call.shape) // len(units)
+    form = "transposed" if transposed else "convolution"
+    graph.kernel(call, layer, layer.kernel, layer.bias, form, inputs, units, places)
+    return _spread(graph, call, units)
+
+
+def _depthwise(graph: _Graph, call: _Call, weight=None, part: str = ""):
+    layer, separable = call.operation, weight is not None
+    weight, bias = (weight, None) if separable else (layer.kernel, layer.bias)
+    sources = graph.cut(weight, layer.rank, graph.along(call.inputs[0], 0 if _first(layer) else -1))
+    sources = np.repeat(np.abs(sources), layer.depth_multiplier)
+    units = graph.same(("units", id(weight)), np.where(sources > 0, graph.new(len(sources)), 0))
+    graph.tie(sources, units)
+    if bias is not None:
+        graph.cut(bias, 0, units)
+    places = math.prod(call.shape) // (layer.filters if separable else len(units))
+    graph.kernel(call, layer, weight, bias, "depthwise", sources, units, places, part)
+    return units if separable else _spread(graph, call, units)
+
+
+def _separable(graph: _Graph, call: _Call):
+    layer = call.operation
+    between = _depthwise(graph, call, layer.depthwise_kernel, "/depthwise")
+    inputs = graph.cut(layer.pointwise_kernel, layer.rank, between, zeroed=False)
+    units = graph.make(call, layer, "filters", layer.pointwise_kernel, layer.rank + 1, layer.bias)
+    places = math.prod(call.shape) // len(units)
+    graph.kernel(call, layer, layer.pointwise_kernel, layer.bias, "dense", inputs, units, places, "/pointwise")
+    return _spread(graph, call, units)
+
+
+def _attention(graph: _Graph, call: _Call):
+    """A head is a unit: its values are made, its queries and keys go with them."""
+    layer, extra = call.operation, len(call.args) > 3 or call.kwargs.keys() - {"key"}
+    if extra or getattr(layer, "_use_gate", False) or getattr(layer, "_sliding_window", None):
+        return None
+    query, value, *key = call.inputs
+    heads = graph.make(call, layer, "num_heads", layer._value_dense.kernel, 1, layer._value_dense.bias)
+    for part, found in {"query": query, "key": (key or [value])[0], "value": value}.items():
+        dense = getattr(layer, f"_{part}_dense")
+        graph.cut(dense.kernel, 1, heads)
+        if dense.bias is not None:
+            graph.cut(dense.bias, 0, heads)
+        inputs, units = graph.along(found, -1), np.repeat(heads, dense.kernel.shape[2])
+        inputs = graph.cut(dense.kernel, 0, inputs, zeroed=False)
+        graph.kernel(call, dense, dense.kernel, dense.bias, "dense", inputs, units, _places(found), f"/{part}")
+    dense = layer._output_dense
+    inputs = np.repeat(graph.cut(dense.kernel, 0, heads, zeroed=False), dense.kernel.shape[1])
+    units = graph.make(call, layer, "output_shape", dense.kernel, 2, dense.bias, "/output")
+    graph.kernel(call, dense, dense.kernel, dense.bias, "dense", inputs, units, _places(query), "/output")
+    return np.broadcast_to(units, call.shape)
+
+
+def _places(found: np.ndarray) -> int:
+    return math.prod(found.shape[:-1])
+
+
+def _embedding(graph: _Graph, call: _Call):
+    weight = call.operation.embeddings
+    units = graph.make(call, call.operation, "output_dim", weight, 1)
+    used = lambda: (ops.convert_to_numpy(weight) != 0).any(axis=0)  # noqa: E731
+    graph.links.append(_Link([np.zeros(1, int)], units, True, lambda: np.zeros(1), used))
+    return units
+
+
+def _normalised(graph: _Graph, call: _Call):
+    layer = call.operation
+    sources = graph.along(call.inputs[0], layer.axis - (layer.axis > 0))
+    weights = [layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance]
+    sources = sources if layer.scale else graph.cut(layer.moving_mean, 0, sources)
+
+    def arrays():
+        gamma, beta, mean, variance = (0.0 if each is None else ops.convert_to_numpy(_wide(each)) for each in weights)
+        return (gamma if layer.scale else 1.0) / np.sqrt(variance + layer.epsilon), beta, mean
+
+    def constant():
+        scale, beta, mean = arrays()
+        return (beta != 0) | (scale * mean != 0)
+
+    units = graph.follow(sources, silent=layer.scale or sources > 0, edges=lambda: arrays()[0], constant=constant)
+    for weight, zeroed in zip(weights, (True, True, not layer.scale, False), strict=True):
+        if weight is not None:
+            graph.cut(weight, 0, units, zeroed)
+    if (origin := getattr(call.tensors[0], "origin", None)) and layer.center and len(origin[1]) == 1:
+        graph.after[origin[0].name] = layer, call.tensors[0]
+        call.ends[0].origin = origin[0], [*origin[1], call.ends[0]]
+    place = [1] * len(call.shape)
+    place[layer.axis - (layer.axis > 0)] = -1
+    return np.broadcast_to(units.reshape(place), call.shape)
+
+
+def _mixed(graph: _Graph, call: _Call):
+    graph.stay(_thin(call.inputs[0]), f"{call.operation.name!r} ({type(call.operation).__name__}) mixes units")
+    return call.inputs[0]
+
+
+def _prelu(graph: _Graph, call: _Call):
+    thin, alpha = _thin(call.inputs[0]), call.operation.alpha
+    for axis in range(alpha.ndim):
+        if alpha.shape[axis] > 1 and thin.shape[axis] > 1:
+            graph.cut(alpha, axis, graph.along(call.inputs[0], axis), zeroed=False)
+    return call.inputs[0]
+
+
+def _pointwise(graph: _Graph, call: _Call):
+    """Activations, noise, and whatever of Keras' functions of one tensor keeps its shape: they are tried out."""
+    if len(call.tensors) != 1 or len(call.ends) != 1 or call.inputs[0].shape != call.shape or not call.args:
+        return None
+    if any(getattr(each, "ndim", 0) for each in tree.flatten((call.args, call.kwargs)) if each is not call.tensors[0]):
+        graph.stay(_thin(call.inputs[0]), f"{call.operation.name!r} adds an array to it")
+        return call.inputs[0]
+
+    def function(signal):
+        swap = lambda each: signal if each is call.tensors[0] else each  # noqa: E731
+        args, kwargs = tree.map_structure(swap, (call.args, call.kwargs))
+        return call.operation.call(*args, **kwargs)
+
+    return graph.act(function, call.inputs[0], call.operation.name)
+
+
+def _spatial(graph: _Graph, call: _Call):
+    """Pooling, padding, cropping and the like: images get another size."""
+    return _spread(graph, call, graph.along(call.inputs[0], 0 if _first(call.operation) else -1))
+
+
+def _reduced(graph: _Graph, call: _Call):
+    """Means, sums and extremes over positions."""
+    rank, axes = call.inputs[0].ndim + 1, call.operation.axis
+    axes = {axis % rank - 1 for axis in ([axes] if isinstance(axes, int) else axes or [0])}
+    thin = _thin(call.inputs[0])
+    if -1 in axes or any(thin.shape[axis] > 1 for axis in axes):
+        return None
+    keep = [size for axis, size in enumerate(thin.shape) if axis not in axes or call.operation.keepdims]
+    return np.broadcast_to(thin.reshape(keep), call.shape)
+
+
+def _moved(graph: _Graph, call: _Call):
+    """Flatten, reshape, transpose, index: what they do to images, they do to numbers."""
+    batch = call.tensors[0].shape[0] or 1
+
+    def fill(each):
+        if not isinstance(each, KerasTensor):
+            return each
+        return ops.convert_to_tensor(np.broadcast_to(each.numbers, (batch, *_shape(each))), "float32")
+
+    args, kwargs = tree.map_structure(fill, (call.args, call.kwargs))
+    found = ops.convert_to_numpy(call.operation.call(*args, **kwargs))
+    if found.shape != (batch, *call.shape):
+        return None  # it moves the axis of the images
+    found, (received,) = found[0].astype(int), call.inputs
+    if type(call.operation).__name__ == "GetItem" and not np.array_equal(_thin(found).ravel(), _thin(received).ravel()):
+        graph.stay(_thin(received), f"{call.operation.name!r} takes it by its place")
+    found = graph.boxed(found)
+    for setting in SHAPES & vars(call.operation).keys():
+        graph.resize(call.operation, setting, found)
+    return found
+
+
+def _split(graph: _Graph, call: _Call):
+    """Equal parts stay equal: a channel of the first is one unit with its like in the others."""
+    (received,), sections = call.inputs, call.operation.indices_or_sections
+    axis = call.operation.axis % (received.ndim + 1) - 1
+    if axis < 0 or not isinstance(sections, int):
+        return None
+    parts = [graph.boxed(part) for part in np.split(received, sections, axis)]
+    if _thin(received).shape[axis] > 1:
+        for part in parts:
+            graph.tie(_thin(part), _thin(parts[0]))
+    return parts
+
+
+def _concatenated(graph: _Graph, call: _Call):
+    axis = call.operation.axis % (len(call.shape) + 1) - 1
+    if len(call.tensors) != len(tree.flatten(call.args)) or axis < 0:
+        return None
+    thin, parts = [_thin(found) for found in call.inputs], []
+    for each, found in zip(thin, call.inputs, strict=True):
+        shape = np.max([other.shape for other in thin], axis=0)
+        shape[axis] = found.shape[axis]
+        parts.append(np.broadcast_to(each, shape))
+    return graph.boxed(np.concatenate(parts, axis))
+
+
+def _joined(graph: _Graph, call: _Call):
+    """What is added, multiplied or compared channel by channel is one unit."""
+    kind, shape, name = type(call.operation).__name__, call.shape, call.operation.name
+    if len(call.tensors) == 1:
+        return _pointwise(graph, call)
+    thin = [_thin(found) for found in call.inputs]
+    places = {place for each in thin for place, size in enumerate(each.shape) if size > 1} or {len(shape) - 1}
+    constants = len(call.tensors) < len(tree.flatten(call.args))
+    if constants or len(places) > 1 or any(found.ndim != len(shape) for found in call.inputs):
+        return None
+    (axis,), sources, silent = places, [], []
+    for each, found in zip(thin, call.inputs, strict=True):
+        if found.shape[axis] < shape[axis] or (each.size == 1 and each.any() and found.shape != shape):
+            graph.stay(each, f"{name!r} stretches it")
+            silent.append(np.zeros(shape[axis], bool))
+        else:
+            sources.append(np.broadcast_to(each.ravel(), shape[axis]))
+            silent.append(sources[-1] > 0)
+    product = kind == "Multiply"
+    silent = np.any(silent, axis=0) if product else np.all(silent, axis=0)
+    stretched = len(sources) < len(thin)
+    units = graph.follow(*sources, silent=silent, together=product, constant=lambda: stretched and not product)
+    for tensor in call.tensors if kind == "Add" and not stretched else []:
+        if origin := getattr(tensor, "origin", None):
+            others = [other.step for other in call.tensors if other is not tensor]
+            if max(others) < origin[1][0].step:
+                graph.beside[origin[0].name] = others, *origin[1]
+    return np.broadcast_to(units.reshape([-1 if place == axis else 1 for place in range(len(shape))]), shape)
+
+
+SHAPES = {"target_shape", "newshape"}  # settings that are shapes
+# How channel numbers pass an operation, by the name of Keras' own class or one of its bases, or by a class of yours:
+# RULES[MyDense] = RULES["Dense"]. Of what has no rule the channels stay, and a warning says so.
+RULES: dict[str | type, Callable] = {
+    "Dense": _dense, "TimeDistributed": _dense, "BaseConv": _convolution, "BaseConvTranspose": _convolution,
+    "BaseDepthwiseConv": _depthwise, "BaseSeparableConv": _separable, "MultiHeadAttention": _attention,
+    "Embedding": _embedding, "BatchNormalization": _normalised, "PReLU": _prelu,
+    **dict.fromkeys(("LayerNormalization", "GroupNormalization", "RMSNormalization", "UnitNormalization"), _mixed),
+    **dict.fromkeys(("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "Dropout", "GaussianNoise", "GaussianDropout",
+                     "AlphaDropout", "ActivityRegularization", "Identity", "Rescaling"), _pointwise),
+    **dict.fromkeys((f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in "123"), _spatial),
+    **dict.fromkeys(("BasePooling", "BaseGlobalPooling"), _spatial),
+    **dict.fromkeys(("Mean", "Sum", "Max", "Min"), _reduced),
+    **dict.fromkeys(("Flatten", "Reshape", "Permute", "RepeatVector", "Transpose", "Moveaxis", "Swapaxes", "Squeeze",
+                     "ExpandDims", "Flip", "Ravel", "GetItem"), _moved),
+    "Split": _split, "Concatenate": _concatenated,
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _joined),
+}  # fmt: skip
+
+
+def _rule(operation) -> Callable | None:
+    kind = type(operation)
+    if kind in RULES or not kind.__module__.startswith("keras."):
+        return RULES.get(kind)
+    names = [base.__name__ for base in kind.__mro__ if base.__name__ in RULES]
+    return RULES[names[0]] if names else None if isinstance(operation, Layer) else _pointwise
+
+
+def _check_network(network: Model, weights: bool) -> None:
+    if not _is_graph(network):
+        own = isinstance(network, keras.Sequential) or hasattr(network, "_run_through_graph")
+        what = f"{network.name!r}: {type(network).__name__} has a `call` of its own" if own else type(network).__name__
+        raise TypeError(f"expected a keras.Sequential or a functional network, got {what}")
     if not network.built or not network.inputs:
-        raise ValueError(f"network {name!r} is not built; call network.build((None, inputs)) first")
-    steps = [[layer] for layer in network.layers]
-    if not sequential:  # all that happens at one distance from the output
-        levels = sorted(network._nodes_by_depth.items(), reverse=True)
-        steps = [[node.operation for node in nodes] for _, nodes in levels]
-    layers = [layer for step in steps for layer in step if not isinstance(layer, keras.layers.InputLayer)]
-    for layer in layers:
-        kind = f"layer {layer.name!r} is a {type(layer).__name__}"
-        if type(layer) not in SUPPORTED:
-            supported = ", ".join(sorted(known.__name__ for known in SUPPORTED))
-            raise TypeError(f"{kind}, which is not supported; supported: {supported}, as Keras has them")
-        changed = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
-        if changed or len(layer.weights) != (1 + layer.use_bias if isinstance(layer, Dense) else 0):
-            raise TypeError(f"{kind}, quantised, with LoRA or with weights beyond kernel and bias: not supported")
-    names, structure = [layer.name for layer in layers], getattr(network, "_outputs_struct", None)
-    ends = len(network.inputs) + len(network.outputs)
-    if len(set(names)) < len(names) or max(map(len, steps)) > 1 or ends > 2 or isinstance(structure, Mapping):
-        raise ValueError(f"network {name!r} is not a chain: it needs one input, one output (not in a dictionary) and "
-                         f"every layer once, by a name of its own; got {names}")  # fmt: skip
-    return layers
+        raise ValueError(f"network {network.name!r} is not built; call network.build((None, inputs)) first")
+    names = list(dict(_paths(network)).values())
+    if len(set(names)) < len(names):
+        raise ValueError(f"network {network.name!r} has layers of the same name: {names}")
+    for variable in network.weights if weights else []:
+        array = ops.convert_to_numpy(variable)
+        if array.dtype.kind not in "iu" and not np.isfinite(array).all():
+            name = variable.path.split("/")[-2]
+            raise ValueError(f"layer {name!r} holds NaN or infinite weights; nothing can be done with it")
 
 
-def _removable(stage: _Stage) -> bool:
-    """Whether a unit whose pre-activation is 0 sends exactly 0 onwards and changes nothing for other units."""
-    if stage.layer.activation in (keras.activations.relu, keras.activations.linear) and not stage.after:
-        return True  # no need to try
-    sums, even = _probe(stage), np.arange(stage.layer.units) % 2 == 0
-    received = ops.convert_to_numpy(stage.act(sums))
-    for silent in (even, ~even):
-        others = ops.convert_to_numpy(stage.act(ops.where(silent, 0.0, sums)))
-        if np.any(others[..., silent]) or not np.array_equal(others[..., ~silent], received[..., ~silent]):
-            return False
-    return True
+def _check_layer(layer: Layer) -> None:
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+        raise TypeError(f"layer {layer.name!r} is a {type(layer).__name__}, quantised or with LoRA: not supported")
 
 
-def _probe(stage: _Stage):
-    shape = (3, *(size or 2 for size in stage.shape[1:]))  # three images
-    return ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape), "float32")
+def prunable_layers(network: Model) -> list[Layer]:
+    """Return the layers whose single weights may be pruned: all with a known kernel but the output layers.
+
+    These are Dense, convolutions, their transposed, depthwise and separable forms, and the projections of attention. A
+    kernel whose result reaches an output without another one is never pruned. Raises `TypeError` for what is no network
+    of layers, quantised layers and layers with LoRA; `ValueError` for a network that is not built, has nothing to prune,
+    two layers of one name, or NaN or infinite weights.
+    """
+    return list({id(kernel.layer): kernel.layer for kernel in _prunable(_Graph(network, check=True))}.values())
+
+
+def prunable_units(network: Model) -> dict[str, list[list[tuple[str, int]]]]:
+    """Return the units that may be removed: name of a layer -> for each of its units, all channels that go together.
+
+    A channel is (name of a kernel, number of its output). What a sum ties is listed once, under the first layer that
+    makes it; what must stay is not listed. Raises what `prunable_layers` raises.
+    """
+    graph = _Graph(network, check=True)
+    members = {}
+    for kernel in graph.kernels.values():
+        for number, unit in enumerate(graph.unit[kernel.units].tolist()):
+            members.setdefault(unit, []).append((kernel.name, number))
+    return {name: [members.get(unit, []) for unit in units.tolist()] for name, units in _removable(graph).items()}
+
+
+def _prunable(graph: _Graph) -> list[_Kernel]:
+    if not graph.hidden:
+        names = list(graph.kernels)
+        raise ValueError(
+            f"pruning needs a hidden layer before the output layer; {graph.network.name!r} has only {names}{_told(graph)}"
+        )
+    return graph.hidden
+
+
+def _removable(graph: _Graph) -> dict[str, np.ndarray]:
+    if not graph.entries:
+        raise ValueError(f"no unit of {graph.network.name!r} can be removed{_told(graph)}")
+    return graph.entries
+
+
+def _told(graph: _Graph) -> str:
+    """Say which layers' channels all stay, and why."""
+    last, told, ties = {kernel.name for kernel in graph.last}, [], np.concatenate(graph.ties, axis=1)
+    unit = graph._tied(ties[:, (ties > 0).all(axis=0)])  # without what stays
+    for name, (made, *_) in graph.makers.items():
+        if name not in last and not graph.unit[made].any():
+            whys = [why for some, why in graph.reasons if np.isin(unit[some[some > 0]], unit[made]).any()]
+            told.append(f"{name!r} stays: {whys[0] if whys else 'it is tied to what stays'}")
+    told += [f"{each} has no rule" for each in graph.unknown if not any(each in text for text in told)]
+    more = f"; and {len(told) - 9} more" if len(told) > 9 else ""
+    return "".join(f"; {text}" for text in told[:9]) + more
+
+
+# --- What users hand over -----------------------------------------------------------------------------------------
 
 
 def _choice(kind: str, value: object, valid: Iterable[str]) -> None:
@@ -171,9 +720,21 @@ def _fits(shape: tuple, expected: tuple) -> bool:
     return len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))
 
 
-def _images(network: Model, x) -> np.ndarray:
-    """Return images as a NumPy array, having checked kind, shape and finiteness."""
-    expected = tuple(network.inputs[0].shape)
+def _images(network: Model, x):
+    """Return images as a NumPy array, or a list of them for several inputs; check kind, shape and finiteness."""
+    if len(network.inputs) == 1:
+        return _image_array(network, network.inputs[0], x[next(iter(x))] if isinstance(x, Mapping) else x)
+    if not isinstance(x, Mapping | list | tuple) or len(x) != len(network.inputs):
+        raise ValueError(f"network {network.name!r} takes {len(network.inputs)} inputs: x must be a list of arrays")
+    arrays = [x[key] for key in sorted(x)] if isinstance(x, Mapping) else x
+    arrays = [_image_array(network, start, each) for start, each in zip(network.inputs, arrays, strict=True)]
+    if len({len(each) for each in arrays}) > 1:
+        raise ValueError(f"inputs must have equally many images, got {[len(each) for each in arrays]}")
+    return arrays
+
+
+def _image_array(network: Model, start: KerasTensor, x) -> np.ndarray:
+    expected = tuple(start.shape)
     x = np.asanyarray(ops.convert_to_numpy(x) if isinstance(x, keras.Variable) or ops.is_tensor(x) else x)
     if isinstance(x, np.ma.MaskedArray) or (x.ndim and x.dtype.kind not in "fiub" and x.dtype.name != "bfloat16"):
         raise TypeError(f"x must be an array of real numbers, without a mask; got {type(x).__name__} of {x.dtype}")
@@ -185,19 +746,120 @@ def _images(network: Model, x) -> np.ndarray:
     return np.asarray(x)
 
 
-def _labels(chain: _Chain, x: np.ndarray, y) -> np.ndarray:
+def _labels(graph: _Graph, x, y) -> np.ndarray:
     """Return labels as a NumPy array, having checked that they are classes, and the network a classifier."""
-    y, last = np.asarray(y), chain.stages[-1]
-    shape, classes = (len(x), *last.shape[1:-1]), last.layer.units
+    y, end = np.asarray(y), graph.network.outputs[0].shape
+    shape, classes = (None if x is None else _count(x), *end[1:-1]), end[-1]
     if y.dtype.kind not in "iu" or not _fits(y.shape, shape):
         raise ValueError(f"y must be one integer label per output, shape {shape}; got {y.dtype} {y.shape}")
     if classes < 2 or y.min() < 0 or y.max() >= classes:
         raise ValueError(f"labels must be the classes 0 to {classes - 1}; got {y.min()} to {y.max()}")
-    sums = _probe(last)
-    found, *known = (ops.convert_to_numpy(each) for each in (last.act(sums), sums, ops.softmax(sums)))
-    if not any(found.shape == each.shape and np.allclose(found, each, atol=1e-6) for each in known):
-        raise ValueError(f"layer {last.layer.name!r} must return logits or their softmax, or there is no loss")
+    if not _logits(graph):
+        raise ValueError(f"layer {graph.last[-1].name!r} must return logits or their softmax, or there is no loss")
     return y.astype(np.int32)
+
+
+def _count(x) -> int:
+    return len(x[0] if isinstance(x, list) else x)
+
+
+def _part(x, batch: slice) -> list[np.ndarray]:
+    return [each[batch] for each in (x if isinstance(x, list) else [x])]
+
+
+def _batches(x, size: int) -> list[list[np.ndarray]]:
+    return [_part(x, slice(first, first + size)) for first in range(0, _count(x), size)]
+
+
+# --- Networks at work ---------------------------------------------------------------------------------------------
+
+
+def _sums(kernel: _Kernel, signal, weights: list | None = None):
+    """Return what a kernel makes of a signal, in float32 at least, with its own or other weights."""
+    layer, (weight, *bias) = kernel.layer, [ops.stop_gradient(_wide(each)) for each in weights or kernel.weights()]
+    first = "channels_first" if _first(layer) else "channels_last"
+    if kernel.form == "dense":
+        signal = ops.moveaxis(signal, 1, -1) if _first(layer) else signal
+        signal = ops.matmul(signal, weight if weight.ndim == 2 else ops.reshape(weight, (signal.shape[-1], -1)))
+        signal = ops.moveaxis(signal, -1, 1) if _first(layer) else signal
+    elif kernel.form == "transposed":
+        padding = layer.padding, layer.output_padding
+        signal = ops.conv_transpose(signal, weight, layer.strides, *padding, first, layer.dilation_rate)
+    else:
+        padding = layer.padding
+        if padding == "causal":
+            signal, padding = ops.pad(signal, [(0, 0), *_padding(kernel, signal.shape[1:-1]), (0, 0)]), "valid"
+        convolve = ops.depthwise_conv if kernel.form == "depthwise" else ops.conv
+        signal = convolve(signal, weight, layer.strides, padding, first, layer.dilation_rate)
+    if not bias:
+        return signal
+    return ops.add(signal, ops.reshape(bias[0], (-1, *[1] * layer.rank) if _first(layer) else (-1,)))
+
+
+def _padding(kernel: _Kernel, sizes: tuple) -> list[tuple[int, int]]:
+    """Return the zeros that a convolution puts before and after each axis of its positions."""
+    layer, pads = kernel.layer, []
+    for size, taps, stride, rate in zip(sizes, layer.kernel_size, layer.strides, layer.dilation_rate, strict=True):
+        reach = (taps - 1) * rate
+        total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
+        pads.append({"valid": (0, 0), "causal": (reach, 0)}.get(layer.padding, (total // 2, total - total // 2)))
+    return pads
+
+
+def _rows(kernel: _Kernel, signal, channels: bool = False):
+    """Return the inputs of a kernel as rows (positions, inputs of its matrix), or (positions, taps, units) if depthwise.
+
+    Of layers with more positions than ROWS in a batch, evenly spread ones. channels: each position once, not patches.
+    """
+    signal = ops.moveaxis(signal, 1, -1) if _first(kernel.layer) else signal
+    if channels or kernel.form in ("dense", "transposed"):
+        return _sample(signal)
+    layer, pads = kernel.layer, _padding(kernel, signal.shape[1:-1])
+    signal = ops.pad(signal, [(0, 0), *pads, (0, 0)])
+    steps = list(zip(signal.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate, strict=True))
+    taps = []
+    for place in itertools.product(*map(range, layer.kernel_size)):
+        cuts = [slice(tap * rate, size - (count - 1 - tap) * rate, stride)
+                for tap, (size, count, stride, rate) in zip(place, steps, strict=True)]  # fmt: skip
+        taps.append(_sample(signal[(slice(None), *cuts)]))
+    if kernel.form == "convolution":
+        return ops.concatenate(taps, axis=1)
+    return ops.repeat(ops.stack(taps, axis=1), len(kernel.units) // taps[0].shape[1], axis=2)
+
+
+def _sample(signal):
+    """Return rows, a position each: all, or if there are several per image and too many, evenly spread ones."""
+    rows = ops.reshape(signal, (-1, signal.shape[-1]))
+    if len(signal.shape) == 2 or rows.shape[0] <= ROWS:
+        return rows
+    return ops.take(rows, np.linspace(0, rows.shape[0] - 1, ROWS).astype("int32"), axis=0)
+
+
+def _run(graph: _Graph, batch: list[np.ndarray], meet: Callable = _sums):
+    """Send images through a network; meet(kernel, inputs) returns the sums that a kernel makes of them."""
+    return _walk(graph.network, _inputs(graph, batch), partial(_compute, graph, meet))
+
+
+def _inputs(graph: _Graph, batch: list[np.ndarray]) -> list:
+    starts = zip(batch, graph.network.inputs, strict=True)
+    return [_wide(ops.convert_to_tensor(each, start.dtype)) for each, start in starts]
+
+
+def _compute(graph: _Graph, meet: Callable, operation, *args, **kwargs):
+    kernels = graph.calls.get(id(operation))
+    if not kernels:
+        half = getattr(operation, "compute_dtype", "float32") in ("float16", "bfloat16")
+        return (operation.call if half and not operation.variables else operation)(*args, **kwargs)
+    if len(kernels) < 3:
+        signal = args[0]
+        for kernel in kernels:
+            signal = meet(kernel, signal)
+        return kernels[-1].layer.activation(signal)
+    query, value, *key = *args, *kwargs.values()
+    parts = [ops.reshape(meet(kernel, signal), (-1, *signal.shape[1:-1], operation.num_heads, kernel.weight.shape[2]))
+             for kernel, signal in zip(kernels, (query, (key or [value])[0], value), strict=False)]  # fmt: skip
+    mixed = operation._compute_attention(*parts)[0]
+    return meet(kernels[-1], ops.reshape(mixed, (-1, *query.shape[1:-1], mixed.shape[-2] * mixed.shape[-1])))
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------
@@ -238,7 +900,7 @@ def neuron_scores(
 
 
 def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterion: str, data: dict) -> dict:
-    chain = _take_apart(network, check=True)
+    graph = _Graph(network, check=True)
     _choice(f"{kind} criterion", criterion, criteria)
     needed = inspect.signature(criteria[criterion]).parameters
     data = {name: value for name, value in data.items() if name in needed}
@@ -248,13 +910,18 @@ def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterio
     if "x" in data:
         data["x"] = _images(network, data["x"])
     if "y" in data:
-        data["y"] = _labels(chain, data.get("x", data["y"]), data["y"])
+        data["y"] = _labels(graph, data.get("x"), data["y"])
+    if kind == "weight":
+        shapes = {kernel.name: tuple(kernel.weight.shape) for kernel in _prunable(graph)}
+    else:
+        shapes = {name: units.shape for name, units in _removable(graph).items()}
     found = [np.asarray(score) for score in criteria[criterion](network, **data)]
-    shapes = [tuple(stage.layer.kernel.shape)[kind == "neuron" :] for stage in chain.stages[:-1]]
-    if [score.shape for score in found] != shapes:
-        raise ValueError(f"criterion {criterion!r} must return scores of shapes {shapes}, one array per layer")
-    scores = {stage.layer.name: score for stage, score in zip(chain.stages[:-1], found, strict=True)}
+    if [score.shape for score in found] != list(shapes.values()):
+        raise ValueError(f"criterion {criterion!r} must return scores of shapes {list(shapes.values())}, one per layer")
+    scores = dict(zip(shapes, found, strict=True))
     _check_scores(scores)
+    if kind == "neuron" and (told := _told(graph)):
+        warnings.warn(f"of {network.name!r} not all units can be removed{told}", stacklevel=4)
     return scores
 
 
@@ -264,67 +931,118 @@ def _check_scores(scores: Arrays) -> None:
             raise ValueError(f"scores of layer {name!r} hold NaN or inf; they cannot be ranked")
 
 
-def _kernels(network: Model) -> list[np.ndarray]:
-    return [ops.convert_to_numpy(_wide(stage.layer.kernel)) for stage in _take_apart(network).stages]
-
-
-def _input_rms(network, x) -> list[np.ndarray]:
-    squares = _mean_square(network, x, lambda a: ops.sum(ops.square(a), axis=0), np.multiply)
-    return [np.sqrt(each) for each in squares]
+def _weight_magnitude(network) -> list[np.ndarray]:
+    return [np.abs(ops.convert_to_numpy(_wide(kernel.weight))) for kernel in _Graph(network).hidden]
 
 
 def _weight_activation(network, x) -> list[np.ndarray]:
-    inputs = _input_rms(network, x)[:-1]
-    return [np.abs(kernel) * rms[:, None] for kernel, rms in zip(_kernels(network), inputs, strict=False)]
+    graph = _Graph(network)
+    squares = _mean_square(graph, x, graph.hidden, _rows, _own_squares, np.multiply)
+    rms = {name: np.sqrt(each if each.ndim == 2 else each[:, None]) for name, each in squares.items()}
+    return [kernel.tensor(np.abs(kernel.matrix()) * rms[kernel.name]) for kernel in graph.hidden]
+
+
+def _own_squares(kernel: _Kernel, rows):
+    return ops.sum(ops.square(rows), axis=0)
 
 
 def _weight_taylor(network, x, y) -> list[np.ndarray]:
-    # The gradient of one image's loss by w_ij is input_i · delta_j; its mean |.| over images is one matrix product.
-    means = _mean_over_rows(network, x, y, lambda a, z, delta: ops.matmul(ops.transpose(ops.abs(a)), ops.abs(delta)))
-    return [np.abs(kernel) * mean for kernel, mean in zip(_kernels(network), means[:-1], strict=False)]
+    graph, totals = _Graph(network), {}
+    for kernel, count, signal, delta in itertools.chain.from_iterable(_gradients_of(graph, x, y, "sums")):
+        if kernel.form == "transposed":  # the transpose of a convolution, which takes the gradients
+            around = kernel._replace(form="convolution", inputs=kernel.units, units=kernel.inputs)
+            signal, delta = _rows(kernel, signal), _rows(around, delta)
+        else:
+            signal, delta = _rows(kernel, signal), _rows(kernel._replace(form="dense"), delta)
+        depthwise, places = kernel.form == "depthwise", max(1, delta.shape[0] // count)
+        if places == 1:  # the gradient of one image's loss by w_ij is input_i · delta_j: its mean |.| is one product
+            signal, delta = ops.abs(signal), ops.abs(delta)
+            total = ops.einsum("ptu,pu->tu", signal, delta) if depthwise else ops.matmul(ops.transpose(signal), delta)
+        else:
+            signal, delta = (ops.reshape(each, (-1, places, *each.shape[1:])) for each in (signal, delta))
+            product = ops.einsum("nptu,npu->ntu" if depthwise else "npi,npj->nij", signal, delta)
+            total = ops.sum(ops.abs(product), axis=0)
+        totals[kernel.name] = totals.get(kernel.name, 0.0) + ops.convert_to_numpy(total).astype(np.float64) / y.size
+    return [kernel.tensor(np.abs(kernel.matrix()) * totals[kernel.name]) for kernel in graph.hidden]
 
 
-def _sent_on(network) -> list[np.ndarray]:
-    """Return what errors of the units of every Dense layer count: 1 for outputs; else the L2 norm of the outgoing row,
-    whose entries are each times what the next unit counts, so that no unit's scale matters."""
-    kernels = _kernels(network)
-    sent = [np.ones(kernels[-1].shape[1])]
-    for kernel in kernels[:0:-1]:
-        sent.insert(0, np.linalg.norm(kernel * sent[0], axis=1))
-    return sent
+def _what_errors_count(graph: _Graph) -> np.ndarray:
+    """Return what an error of each channel counts: 1 for outputs; else the L2 norm of what it is multiplied by on its
+    way on, each entry times what the next channel counts, so that no unit's scale matters."""
+    counts = np.zeros(graph.count)
+    counts[graph.ends] = 1
+    for link in reversed(graph.links):
+        edges, targets = link.edges(), counts[link.targets]
+        if edges.ndim == 3:
+            sent = np.linalg.norm(edges[0] * targets, axis=1) if len(edges) == 1 else _norm(edges * targets, 1)
+        else:
+            sent = (np.abs(edges) if edges.ndim == 1 else np.linalg.norm(edges, axis=0)) * targets
+        for source in link.sources:
+            np.hypot.at(counts, source, sent)
+    return counts
 
 
-def _grams(network, x, layers: range) -> list[np.ndarray]:
-    """Return, for these Dense layers, mean products (inputs + 1, inputs + 1) of inputs and of 1, the bias's input."""
-
-    def products(rows):
-        rows = ops.concatenate([rows, ops.ones_like(rows[:, :1])], axis=1)
-        return ops.matmul(ops.transpose(rows), rows)
-
-    return _mean_square(network, x, products, lambda powers, _: np.outer([*powers, 1], [*powers, 1]), layers)
+def _norm(array: np.ndarray, axis: int) -> np.ndarray:
+    """Return the L2 norm over all axes but one."""
+    return np.linalg.norm(np.moveaxis(array.astype(np.float64), axis, -1).reshape(-1, array.shape[axis]), axis=0)
 
 
 def _weight_reconstruction(network, x) -> list[np.ndarray]:
-    return [_rise_at_removal(*problem) for problem in _weight_problems(network, x)]
+    graph = _Graph(network)
+    problems = zip(graph.hidden, _weight_problems(graph, x, graph.hidden), strict=True)
+    return [kernel.tensor(_rise_at_removal(*problem)) for kernel, problem in problems]
 
 
-def _weight_problems(network, x, layers: range | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield for all prunable layers, or for these, what their weights are chosen by, in float32.
+def _products(kernel: _Kernel, rows):
+    """Return products (inputs + 1, inputs + 1) of rows and of 1, the bias's input; depthwise, (units, …)."""
+    rows = ops.concatenate([rows, ops.ones_like(rows[:, :1])], axis=1)
+    if kernel.form == "depthwise":
+        rows = ops.transpose(rows, (2, 0, 1))
+        return ops.matmul(ops.swapaxes(rows, 1, 2), rows)
+    return ops.matmul(ops.transpose(rows), rows)
 
-    That is the mean products of its inputs, each scaled to 1 and without what a bias takes up, with a ridge of 0.1 %,
-    and the kernel in units of these and of what errors of its units count; the energy of its pre-activations is 1.
+
+def _product_scale(powers: np.ndarray, _) -> np.ndarray:
+    powers = np.append(powers, np.ones_like(powers[:1]), axis=0).T
+    return powers[..., :, None] * powers[..., None, :]
+
+
+def _biased(graph: _Graph, kernel: _Kernel) -> bool:
+    """Whether the mean of what a kernel makes can be made up for."""
+    return kernel.form != "transposed" and (kernel.bias is not None or kernel.name in graph.after)
+
+
+def _weight_problems(graph: _Graph, x, kernels: list[_Kernel]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield for kernels what their weights are chosen by, in float32.
+
+    That is the mean products of the inputs, each scaled to 1 and without what a bias takes up, with a ridge of 0.1 %,
+    and the matrix in units of these and of what errors of its units count; the energy of what it makes is 1. Units of a
+    depthwise kernel have products each of their own.
     """
-    stages, kernels, sent = _take_apart(network).stages, _kernels(network), _sent_on(network)
-    layers = layers or range(len(stages) - 1)
-    for number, gram in zip(layers, _grams(network, x, layers), strict=True):
-        energy, mean = gram.diagonal()[:-1], gram[:-1, -1] * stages[number].layer.use_bias
-        gram = gram[:-1, :-1] - np.outer(mean, mean) + np.diag(1e-3 * energy)
-        scale = np.sqrt(np.maximum(gram.diagonal(), 0.5e-3 * energy))
-        kernel, scale = kernels[number] * sent[number] * scale[:, None], np.where(scale > 0, scale, 1.0)
-        gram = gram / np.outer(scale, scale)
-        gram[np.diag_indices_from(gram)] = 1
-        total = np.sum(kernel * (gram @ kernel))
-        yield gram.astype(np.float32), (kernel / np.sqrt(total or 1.0)).astype(np.float32)
+    counts, grams = _what_errors_count(graph), _mean_square(graph, x, kernels, _rows, _products, _product_scale)
+    for kernel in kernels:
+        gram = grams[kernel.name]
+        energy, mean = _diagonal(gram)[..., :-1], gram[..., :-1, -1] * _biased(graph, kernel)
+        gram = gram[..., :-1, :-1] - mean[..., :, None] * mean[..., None, :]
+        _diagonal(gram)[...] += 1e-3 * energy
+        scale = np.sqrt(np.maximum(_diagonal(gram), 0.5e-3 * energy))
+        matrix = (
+            kernel.matrix() * kernel.per_column(counts[kernel.units]) * (scale.T if scale.ndim > 1 else scale[:, None])
+        )
+        scale = np.where(scale > 0, scale, 1.0)
+        gram = gram / (scale[..., :, None] * scale[..., None, :])
+        _diagonal(gram)[...] = 1
+        total = np.sum(matrix * _times(gram, matrix))
+        yield gram.astype(np.float32), (matrix / np.sqrt(total or 1.0)).astype(np.float32)
+
+
+def _diagonal(gram: np.ndarray) -> np.ndarray:
+    """Return a view of the diagonals."""
+    return np.einsum("...ii->...i", gram)
+
+
+def _times(gram: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return gram @ matrix if gram.ndim == 2 else np.einsum("uts,su->tu", gram, matrix)
 
 
 def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -335,7 +1053,7 @@ def _rise_at_removal(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(kernel).all():
         return np.full(kernel.shape, np.nan)
-    cross, alive = gram @ kernel, kernel != 0
+    cross, alive = _times(gram, kernel), kernel != 0
     scores, highest = np.zeros(kernel.shape), 0.0
     while np.mean(alive.sum(axis=0) ** 3) > 64**3:
         rise = np.where(alive, kernel.astype(float) ** 2, np.inf)
@@ -393,7 +1111,8 @@ def _best_together(gram: np.ndarray, kernel: np.ndarray, sparsity: float) -> np.
 def _column_by_column(gram: np.ndarray, alive: np.ndarray) -> Iterable[tuple]:
     """Yield columns, their `alive` rows (columns, n), which of these are no padding, and `gram` (columns, n, n) there.
 
-    Columns with about as many rows come together, few enough to bound memory; padding is that of the identity.
+    Columns with about as many rows come together, few enough to bound memory; padding is that of the identity. gram is
+    one for all columns, or has one for each.
     """
     counts, first = alive.sum(axis=0), 0
     order = np.argsort(-counts, kind="stable")
@@ -402,29 +1121,105 @@ def _column_by_column(gram: np.ndarray, alive: np.ndarray) -> Iterable[tuple]:
         first += len(columns)
         rows = np.argsort(~alive[:, columns], axis=0, kind="stable")[:most].T
         own = np.take_along_axis(alive[:, columns].T, rows, axis=1)
-        parts = gram[rows[:, :, None], rows[:, None, :]] * (own[:, :, None] & own[:, None, :])
+        place = rows[:, :, None], rows[:, None, :]
+        parts = gram[place if gram.ndim == 2 else (columns[:, None, None], *place)] * (
+            own[:, :, None] & own[:, None, :]
+        )
         parts[:, range(most), range(most)] += ~own
         yield columns, rows, own, parts
 
 
+def _neuron_norm(network) -> list[np.ndarray]:
+    graph = _Graph(network)
+    return _per_unit(graph, np.hypot, ((made, _norm(ops.convert_to_numpy(_wide(weight)), axis))
+                                       for made, weight, axis in graph.makers.values()))  # fmt: skip
+
+
+def _per_unit(graph: _Graph, add: np.ufunc, found: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Return what channels with these numbers have for every unit, over all that belong to it."""
+    total = np.zeros(graph.count + 1)
+    for channels, values in found:
+        add.at(total, graph.unit[channels], values)
+    return [total[units] for units in graph.entries.values()]
+
+
+def _takers(graph: _Graph) -> list[_Kernel]:
+    """Return the kernels that take units, not single channels one by one."""
+    return [kernel for kernel in graph.kernels.values() if kernel.form != "depthwise"]
+
+
+def _neuron_activation(network, x) -> list[np.ndarray]:
+    graph = _Graph(network)
+    squares = _mean_square(graph, x, _takers(graph), _channels, _own_squares, np.multiply)
+    found = [(kernel.inputs, np.sqrt(squares[kernel.name]) * _norm(kernel.taps(), 1)) for kernel in _takers(graph)]
+    return _per_unit(graph, np.hypot, found)
+
+
+def _channels(kernel: _Kernel, signal):
+    return _rows(kernel, signal, channels=True)
+
+
+def _neuron_taylor(network, x, y) -> list[np.ndarray]:
+    graph, total = _Graph(network), 0.0
+    ends = scipy.sparse.eye_array(graph.count + 1, format="csr")[graph.unit]  # channel -> unit
+    for batch in _gradients_of(graph, x, y, "inputs"):
+        effect = 0.0
+        for kernel, count, signal, delta in batch:
+            if kernel.form != "depthwise":
+                rows = _channels(kernel, signal * delta)
+                places = max(1, rows.shape[0] // count)
+                rows = ops.sum(ops.reshape(rows, (-1, places, rows.shape[1])), axis=1)
+                effect = effect + ends[kernel.inputs].T @ ops.convert_to_numpy(rows).T
+        total = total + np.abs(effect).sum(axis=1) / y.size
+    return [total[units] for units in graph.entries.values()]
+
+
 def _neuron_reconstruction(network, x) -> list[np.ndarray]:
-    return [_error_before_each(*problem) for problem in _neuron_problems(network, x)]
+    graph = _Graph(network)
+    problems = _neuron_problems(graph, x, _takers(graph))
+    return _per_entry(graph, problems)
 
 
-def _neuron_problems(network, x, layers: range | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield for all prunable layers, or for these, what their units are chosen by.
+def _neuron_problems(graph: _Graph, x, kernels: list[_Kernel]) -> Iterable[tuple]:
+    """Yield for kernels a channel of each unit they take, and what these are chosen by.
 
-    That is the mean products of their outputs, without what the next bias takes up, and the next kernel in units of
-    what errors of its units count.
+    That is the mean products of their channels, without what a bias takes up, and the kernel in units of what errors of
+    its units count. Channels of a unit and taps of a kernel are as many kernels side by side, whose errors add up.
     """
-    stages, kernels, sent = _take_apart(network).stages, _kernels(network), _sent_on(network)
-    layers = layers or range(len(stages) - 1)
-    following = range(layers.start + 1, layers.stop + 1)
-    for number, gram in zip(following, _grams(network, x, following), strict=True):
-        mean, energy = gram[:-1, -1] * stages[number].layer.use_bias, gram.diagonal()[:-1]
-        varies = energy - mean**2 > 1e-5 * energy  # or only rounding is left
-        gram = (gram[:-1, :-1] - np.outer(mean, mean)) * np.outer(varies, varies)
-        yield gram, kernels[number] * sent[number]
+    counts, places = _what_errors_count(graph), {}
+    for kernel in kernels:
+        units = graph.unit[kernel.inputs]
+        own = [np.flatnonzero(units == unit) for unit in dict.fromkeys(units[units > 0].tolist())]
+        most = max(map(len, own), default=0)
+        places[kernel.name] = np.array([[*each, *[-1] * (most - len(each))] for each in own], int).reshape(
+            len(own), most
+        )
+    kernels = [kernel for kernel in kernels if places[kernel.name].size]
+
+    def products(kernel, rows):
+        rows = ops.pad(rows, [(0, 0), (0, 1)])  # what -1 is
+        return ops.stack([_products(kernel, ops.take(rows, own, axis=1)) for own in places[kernel.name].T])
+
+    def scale(powers, kernel):
+        powers = np.append(powers, 1.0)[places[kernel.name].T]
+        powers = np.append(powers, np.ones((len(powers), 1)), axis=1)
+        return powers[:, :, None] * powers[:, None, :]
+
+    grams = _mean_square(graph, x, kernels, _channels, products, scale)
+    for kernel in kernels:
+        gram, total = grams[kernel.name], 0.0
+        for each in gram:
+            mean, energy = each[:-1, -1] * _biased(graph, kernel), each.diagonal()[:-1]
+            varies = energy - mean**2 > 1e-5 * energy  # or only rounding is left
+            total = total + (each[:-1, :-1] - np.outer(mean, mean)) * np.outer(varies, varies)
+        taps = np.pad(kernel.taps() * counts[kernel.units], [(0, 0), (0, 1), (0, 0)])
+        matrix = np.moveaxis(taps[:, places[kernel.name]], 1, 0).reshape(len(total), -1)
+        yield kernel.inputs[places[kernel.name][:, 0]], total, matrix
+
+
+def _per_entry(graph: _Graph, problems: Iterable[tuple]) -> list[np.ndarray]:
+    """Return the scores of units: of several kernels that take one, that counts which needs it most."""
+    return _per_unit(graph, np.maximum, ((first, _error_before_each(*problem)) for first, *problem in problems))
 
 
 def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3, block: int = 128) -> np.ndarray:
@@ -468,45 +1263,34 @@ def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3
     return error
 
 
-def _neuron_activation(network, x) -> list[np.ndarray]:
-    sent = [np.linalg.norm(kernel.astype(float), axis=1) for kernel in _kernels(network)[1:]]
-    return [rms * each for rms, each in zip(_input_rms(network, x)[1:], sent, strict=True)]
+def _random(seed: int, shapes: list[tuple]) -> list[np.ndarray]:
+    return [np.random.default_rng([seed, number]).random(shape) for number, shape in enumerate(shapes)]
 
 
-def _neuron_taylor(network, x, y) -> list[np.ndarray]:
-    return _mean_over_rows(network, x, y, lambda a, z, delta: ops.sum(ops.abs(z * delta), axis=0))[:-1]
+def _weight_random(network, seed) -> list[np.ndarray]:
+    return _random(seed, [tuple(kernel.weight.shape) for kernel in _Graph(network).hidden])
 
 
-def _random(seed: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    return [np.random.default_rng([seed, number]).random(array.shape) for number, array in enumerate(arrays)]
+def _neuron_random(network, seed) -> list[np.ndarray]:
+    return _random(seed, [units.shape for units in _Graph(network).entries.values()])
 
 
 # A criterion takes the network and, by these names, those of x, y and seed that it needs; it returns an array of scores
-# per prunable layer. Add yours here.
+# per prunable kernel, or per name of `prunable_units`. Add yours here.
 WEIGHT_CRITERIA: dict[str, Callable] = {
-    "magnitude": lambda network: [np.abs(kernel) for kernel in _kernels(network)[:-1]],
+    "magnitude": _weight_magnitude,
     "activation": _weight_activation,
     "taylor": _weight_taylor,
     "reconstruction": _weight_reconstruction,
-    "random": lambda network, seed: _random(seed, _kernels(network)[:-1]),
+    "random": _weight_random,
 }
 NEURON_CRITERIA: dict[str, Callable] = {
-    "norm": lambda network: [np.linalg.norm(kernel.astype(float), axis=0) for kernel in _kernels(network)[:-1]],
+    "norm": _neuron_norm,
     "activation": _neuron_activation,
     "taylor": _neuron_taylor,
     "reconstruction": _neuron_reconstruction,
-    "random": lambda network, seed: _random(seed, [kernel[0] for kernel in _kernels(network)[:-1]]),
+    "random": _neuron_random,
 }
-
-
-def _forward(chain: _Chain, images: np.ndarray, offsets: Iterable | None = None) -> tuple[list, list]:
-    """Return inputs and pre-activations of every Dense layer, with `offsets` added to the latter."""
-    signal, inputs, sums = chain.start(images), [], []
-    for stage, offset in zip(chain.stages, offsets or [0.0] * len(chain.stages), strict=True):
-        inputs.append(signal)
-        sums.append(stage.sums(signal) + offset)
-        signal = stage.act(sums[-1])
-    return inputs, sums
 
 
 def _near_one(rows) -> tuple:
@@ -516,37 +1300,65 @@ def _near_one(rows) -> tuple:
     return rows / ops.convert_to_tensor(powers, rows.dtype), powers.astype(np.float64)
 
 
-def _mean_square(network: Model, x: np.ndarray, term: Callable, scale: Callable, layers: range | None = None) -> list:
-    """Return, per Dense layer, the mean over images of a term that is quadratic in its inputs, in float64.
+def _mean_square(graph: _Graph, x, kernels: list[_Kernel], rows_of: Callable, term: Callable, scale: Callable) -> dict:
+    """Return, per kernel, the mean over the rows of its inputs of a term that is quadratic in them, in float64.
 
-    Inputs are brought near 1 first, so that squares neither under- nor overflow; scale(powers, powers) undoes it.
+    Inputs are brought near 1 first, so that squares neither under- nor overflow; scale(powers, kernel) undoes it.
     """
-    chain = _take_apart(network)
-    totals = dict.fromkeys(layers or range(len(chain.stages)), 0.0)
-    for batch in _batches(x):
-        received = _forward(chain, x[batch])[0]
-        for number in totals:
-            rows, powers = _near_one(_rows(received[number]))
-            total = scale(powers, powers) * ops.convert_to_numpy(term(rows))
-            totals[number] += total / (len(x) * len(rows) // len(received[number]))
-    return list(totals.values())
+    totals, counts = {kernel.name: 0.0 for kernel in kernels}, {kernel.name: 0 for kernel in kernels}
+
+    def meet(kernel, signal):
+        if kernel.name in totals:
+            rows, powers = _near_one(rows_of(kernel, signal))
+            again = scale(powers, powers if scale is np.multiply else kernel)
+            totals[kernel.name] += again * ops.convert_to_numpy(term(kernel, rows))
+            counts[kernel.name] += rows.shape[0]
+        return _sums(kernel, signal)
+
+    for batch in _batches(x, graph.batch_size):
+        _run(graph, batch, meet)
+    return {name: total / counts[name] for name, total in totals.items()}
 
 
-def _mean_over_rows(network: Model, x: np.ndarray, y: np.ndarray, term: Callable) -> list[np.ndarray]:
-    """Return, per Dense layer, the mean over images of term(input, pre-activation, gradient by the pre-activation)."""
-    chain = _take_apart(network)
-    totals = [0.0] * len(chain.stages)
-    for batch in _batches(x, 1000):
-        inputs, sums = _forward(chain, x[batch])
+def _logits(graph: _Graph) -> bool:
+    """Whether the outputs are the sums of the last kernel, or the softmax of them; it is tried."""
+    sums, random = [], np.random.default_rng(0)
+    batch = [random.random((8, *(size or 2 for size in start.shape[1:]))) for start in graph.network.inputs]
+    found = tree.flatten(_run(graph, batch, lambda *met: sums.append(_sums(*met)) or sums[-1]))
+    wanted = [ops.convert_to_numpy(each) for each in (sums[-1], ops.softmax(sums[-1]))]
+    found = ops.convert_to_numpy(found[0]) if len(found) == 1 else np.zeros(0)
+    return any(found.shape == each.shape and np.allclose(found, each, atol=1e-6, equal_nan=True) for each in wanted)
 
-        def total_loss(offsets, batch=batch):
-            logits = _forward(chain, x[batch], offsets)[1][-1]
-            return ops.sum(keras.losses.sparse_categorical_crossentropy(y[batch], logits, from_logits=True))
 
-        deltas = _gradients(total_loss, [ops.zeros_like(each) for each in sums])
-        for number, parts in enumerate(zip(inputs, sums, deltas, strict=True)):
-            totals[number] += ops.convert_to_numpy(term(*map(_rows, parts))).astype(np.float64) / y.size
-    return totals
+def _gradients_of(graph: _Graph, x, y: np.ndarray, by: str) -> Iterable[list[tuple]]:
+    """Yield per batch, for every call of a kernel: it, the number of labels, its inputs, and the gradients of the summed
+    cross-entropy by these ("inputs") or by its sums ("sums")."""
+    size = min(1000, graph.batch_size, max(1, ROWS // max(graph.positions.values())))
+    for batch, labels in zip(_batches(x, size), _batches(y, size), strict=True):
+        met = []
+
+        def forward(offsets, batch=batch, met=met):
+            met.clear()
+            offsets = iter(offsets)
+
+            def meet(kernel, signal):
+                offset = next(offsets)
+                signal = signal + offset if by == "inputs" else signal
+                sums = _sums(kernel, signal)
+                met.append((kernel, signal, sums if by == "inputs" else sums + offset))
+                return met[-1][2]
+
+            _run(graph, batch, meet)
+            return met[-1][2]
+
+        def total_loss(offsets, labels=labels[0], forward=forward):
+            logits = forward(offsets)
+            return ops.sum(keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True))
+
+        forward(itertools.repeat(0.0))
+        kernels, signals, sums = zip(*met, strict=True)
+        deltas = _gradients(total_loss, [ops.zeros_like(each) for each in (signals if by == "inputs" else sums)])
+        yield list(zip(kernels, itertools.repeat(labels[0].size), signals, deltas, strict=False))
 
 
 def _gradients(function: Callable, arrays: list) -> list:
@@ -618,63 +1430,122 @@ def _keep_highest(scores: np.ndarray, sparsity: float) -> np.ndarray:
 def apply_masks(network: Model, masks: Arrays) -> Model:
     """Return a copy of the network with zeros where the masks are False; layers without a mask stay as they are.
 
-    A mask of shape (inputs, units) removes single weights. A mask of shape (units,) removes whole neurons: kernel
-    column and bias, so that a removed unit outputs exactly 0. The copy has the network's class, input signature, names,
-    dtypes and layer settings, down to the very activation functions and initialisers; it is not compiled.
-    Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may not be
-    pruned, a mask of another shape, or a removed neuron whose activation is not 0 at 0 or depends on other units.
+    A mask of a kernel's shape removes single weights. A mask (units,), by a name of `prunable_units`, removes whole
+    units: what makes a channel (kernel column, bias) and what carries it on (depthwise kernel, gamma, beta) become 0 in
+    all layers it passes, so that every kernel that takes it receives exactly 0. The copy has the network's class, input
+    signature, names, dtypes and layer settings, down to the very activation functions and initialisers; it is not
+    compiled. Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may
+    not be pruned, a mask of another shape, or units that cannot be removed.
     """
-    chain = _take_apart(network, check=True)
-    stages = {stage.layer.name: stage for stage in chain.stages[:-1]}
-    weights = {stage.layer.name: list(stage.layer.weights) for stage in chain.stages}
+    graph = _Graph(network, check=True)
+    kernels, values = {kernel.name: kernel.weight for kernel in graph.hidden}, {}
+    gone = np.zeros(graph.count + 1, bool)
     for name, mask in masks.items():
-        _choice("prunable layer", name, stages)
-        shape, kind = tuple(weights[name][0].shape), getattr(mask, "dtype", type(mask).__name__)
+        _choice("prunable layer", name, dict.fromkeys([*kernels, *graph.entries]))
+        shapes = [tuple(kernels[name].shape)] if name in kernels else []
+        shapes += [graph.entries[name].shape] if name in graph.entries else []
         if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of layer {name!r} must be a boolean NumPy array (True = kept), got {kind}")
-        if mask.shape not in (shape, shape[1:]):
-            raise ValueError(f"the mask of layer {name!r} has shape {mask.shape}; allowed: {shape} or {shape[1:]}")
-        if mask.ndim == 1 and not mask.all() and not _removable(stages[name]):
-            raise ValueError(f"neurons of layer {name!r} cannot be removed: their activation is not 0 at 0, or mixed")
-        masked = 2 if mask.ndim == 1 else 1  # the bias goes with its unit
-        weights[name][:masked] = [ops.where(mask, ops.convert_to_tensor(w), 0) for w in weights[name][:masked]]
-    return _rebuild(network, weights)
+        if mask.shape not in shapes:
+            allowed = " or ".join(map(str, shapes))
+            raise ValueError(f"the mask of layer {name!r} has shape {mask.shape}; allowed: {allowed}{_told(graph)}")
+        if mask.ndim == 1:
+            gone[graph.entries[name][~mask]] = True
+        else:
+            values[id(kernels[name])] = ops.where(mask, ops.convert_to_tensor(kernels[name]), 0)
+    for weight, axis, found, zeroed in graph.slices:
+        left = ~gone[graph.unit[found]]
+        if zeroed and not left.all():
+            value = values.get(id(weight), ops.convert_to_tensor(weight))
+            values[id(weight)] = ops.where(left.reshape(-1, *[1] * (weight.ndim - axis - 1)), value, 0)
+    return _rebuild(graph, values)
 
 
-def _rebuild(network: Model, weights: Mapping[str, list]) -> Model:
-    """Return a copy of the network whose Dense layers have these kernels and biases, and as many units."""
-    originals, start = _layers_in_order(network), network.inputs[0]
-    start = keras.Input(batch_shape=start.shape, dtype=start.dtype, name=start.name)
-    layers = [_again(layer, weights.get(layer.name)) for layer in originals]
-    if isinstance(network, keras.Sequential):
-        copy = keras.Sequential([start, *layers], name=network.name)
-    else:
-        end = start
-        for layer in layers:
-            end = layer(end)
-        ends = keras.tree.map_structure(lambda _: end, network._outputs_struct)
-        copy = Model(keras.tree.map_structure(lambda _: start, network._inputs_struct), ends, name=network.name)
-    copy.__class__ = type(network)
-    for layer, original in zip(layers, originals, strict=True):
-        if isinstance(layer, Dense):
-            layer.kernel_initializer, layer.bias_initializer = original.kernel_initializer, original.bias_initializer
+def _rebuild(graph: _Graph, values: Mapping[int, object], keep: np.ndarray | None = None) -> Model:
+    """Return a copy of the network with these values, id(variable) -> array, and only the channels that `keep` has."""
+    copies, cuts = {}, {}
+    for each in graph.slices if keep is not None else []:
+        cuts.setdefault(id(each.weight), []).append(each)
+
+    def again(operation):
+        if id(operation) not in copies:
+            if _is_graph(operation):
+                copy = model(operation)
+            elif isinstance(operation, TimeDistributed):
+                copy = TimeDistributed(again(operation.layer), name=operation.name, dtype=operation.dtype_policy)
+            else:
+                copy = _again(operation, _sized(graph, operation, keep))
+            copies[id(operation)] = operation, copy
+        return copies[id(operation)][1]
+
+    def model(network: Model) -> Model:
+        sizes = _sized(graph, network, keep)
+        starts = [keras.Input(batch_shape=sizes.get(number, start.shape), dtype=start.dtype, name=start.name)
+                  for number, start in enumerate(network.inputs)]  # fmt: skip
+        if isinstance(network, keras.Sequential):
+            copy = keras.Sequential([*starts, *map(again, network.layers)], name=network.name)
+        else:
+            ends = _through(network, starts, again)
+            copy = Model(tree.pack_sequence_as(network._inputs_struct, starts), ends, name=network.name)
+        copy.__class__ = type(network)
+        if not network.trainable:
+            copy.trainable = False
+        return copy
+
+    result = model(graph.network)
+    for operation, copy in copies.values():
+        if not isinstance(operation, Layer) or _is_graph(operation):
+            continue
+        for variable, new in zip(operation.weights, copy.weights, strict=True):
+            value = values.get(id(variable), variable)
+            for _, axis, found, _ in cuts.get(id(variable), []):
+                value = np.take(ops.convert_to_numpy(value), np.flatnonzero(keep[found]), axis)
+            new.assign(value)
+        for name, value in vars(operation).items():
+            if name.endswith("_initializer"):
+                setattr(copy, name, value)
+    return result
+
+
+def _sized(graph: _Graph, operation, keep: np.ndarray | None) -> dict:
+    """Return the settings of an operation that change if only these channels are kept."""
+    changes = {}
+    for setting, found in graph.sizes.get(id(operation), {}).items() if keep is not None else []:
+        thin = _thin(found)
+        if (left := keep[np.abs(thin)]).all():
+            continue
+        sizes = [left.sum() if size > 1 else full for size, full in zip(thin.shape, found.shape, strict=True)]
+        if isinstance(setting, int) or setting in SHAPES:
+            old = operation.inputs[setting].shape if isinstance(setting, int) else getattr(operation, setting)
+            before = old[: len(old) - len(sizes)]
+            changed = zip(old[len(before) :], sizes, found.shape, strict=True)
+            changes[setting] = (*before, *(known if size == full else int(size) for known, size, full in changed))
+        else:
+            changes[setting] = int(sizes[0])
+    return changes
+
+
+def _again(operation, changes: dict):
+    """Return an unbuilt copy of a layer or operation with some settings changed."""
+    if isinstance(operation, Lambda) or not isinstance(operation, Layer):  # no weights, and functions without a name
+        copy = object.__new__(type(operation))
+        copy.__dict__.update(vars(operation), _inbound_nodes=[], _outbound_nodes=[], **changes)
+        return copy
+    functions = {name: each for name, each in vars(operation).items()
+                 if name.endswith("activation") and callable(each) and not getattr(each, "weights", None)}  # fmt: skip
+    plain = object.__new__(type(operation))
+    plain.__dict__.update(vars(operation), **dict.fromkeys(functions, keras.activations.linear))
+    config = plain.get_config() | changes
+    for kind in type(operation).__mro__:
+        if kind is not Layer and not kind.__module__.startswith(("keras.", "builtins")) and "__init__" in vars(kind):
+            for name in inspect.getfullargspec(kind.__init__).args[1:]:
+                if name not in config and not hasattr(operation, name):
+                    raise TypeError(f"layer {operation.name!r} must keep what it is made with as attributes: {name!r}")
+                config.setdefault(name, getattr(operation, name, None))
+    copy = type(operation).from_config(config | {name: "zeros" for name in config if name.endswith("_initializer")})
+    vars(copy).update(functions)  # the very same
     return copy
-
-
-def _again(layer: keras.layers.Layer, weights: list | None) -> keras.layers.Layer:
-    """Return an unbuilt layer that starts with these weights; other settings from attributes, which hold functions."""
-    kinds = type(layer).__mro__[: type(layer).__mro__.index(keras.layers.Layer)]
-    specs = [inspect.getfullargspec(kind.__init__) for kind in kinds]
-    settings = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
-    try:
-        settings |= {name: getattr(layer, name) for spec in specs for name in (*spec.args[1:], *spec.kwonlyargs)}
-    except AttributeError as error:
-        raise TypeError(f"layer {layer.name!r} must keep what it is made with as attributes: {error}") from error
-    if weights:
-        kernel, *bias = (lambda shape, dtype=None, w=w: ops.copy(ops.convert_to_tensor(w, dtype)) for w in weights)
-        settings |= {"units": weights[0].shape[1], "kernel_initializer": kernel}
-        settings |= {"bias_initializer": bias[0]} if bias else {}
-    return type(layer)(**settings)
 
 
 def prune_weights(network: Model, sparsity: float, criterion: str = "magnitude", scope: str = "layer", **data) -> Model:
@@ -689,8 +1560,8 @@ def prune_weights(network: Model, sparsity: float, criterion: str = "magnitude",
 def prune_neurons(network: Model, sparsity: float, criterion: str = "norm", scope: str = "layer", **data) -> Model:
     """Return a copy of the network in which the lowest-scoring `sparsity` of its hidden units output exactly 0.
 
-    Kernel columns and biases become zero; `shrink` then removes them. See `neuron_scores` for criterion and data (x, y,
-    seed), `keep_masks` for sparsity, scope and exact counts, `apply_masks` for what cannot be removed.
+    `shrink` then removes them. Warns of layers whose units stay, and says why. See `neuron_scores` for criterion and
+    data (x, y, seed), `keep_masks` for sparsity, scope and exact counts, `apply_masks` for what becomes zero.
     """
     return apply_masks(network, keep_masks(neuron_scores(network, criterion, **data), sparsity, scope))
 
@@ -703,209 +1574,384 @@ def shrink(network: Model) -> Model:
 
     Such a unit has no non-zero path from any input or bias, or none to the output. A hidden layer keeps one at least.
     """
-    return _rebuild(network, _live_weights(_take_apart(network, check=True)))
+    graph = _Graph(network, check=True)
+    return _rebuild(graph, {}, _live(graph)[1])
 
 
-def outputs(network: Model, x: np.ndarray) -> np.ndarray:
-    """Return the outputs for images `x` (n, ...) as a NumPy array: those of `shrink(network)`, without building it.
+def outputs(network: Model, x) -> np.ndarray:
+    """Return the outputs for images `x` (n, ...) as a NumPy array, of several outputs a list: those of `shrink(network)`,
+    in float32 at least, for measuring many networks; without building it where only sizes of kernels change.
 
-    In float32 at least, for measuring many networks. Raises what `prunable_layers` and, for images, `neuron_scores` do.
+    Raises what `prunable_layers` and, for images, `neuron_scores` do.
     """
-    chain, x, parts = _take_apart(network, check=True), _images(network, x), []
-    weights = [[_wide(weight) for weight in own] for own in _live_weights(chain).values()]
-    for batch in _batches(x):
-        signal = chain.start(x[batch])
-        for stage, own in zip(chain.stages, weights, strict=True):
-            signal = stage.act(stage.sums(signal, own))
-        parts.append(ops.convert_to_numpy(signal))
-    return np.concatenate(parts)
+    graph, x = _Graph(network, check=True), _images(network, x)
+    keep, meet = _live(graph)[1], _sums
+    if not keep.all():
+        weights = {id(weight): weight for kernel in graph.kernels.values() for weight in kernel.weights()}
+        others = [step for step in graph.steps if len(graph.calls.get(id(step), [])) not in (1, 2)]
+        if all(id(each.weight) in weights for each in graph.slices) and not any(
+            _sized(graph, step, keep) for step in others
+        ):
+            for weight, axis, found, _ in graph.slices:
+                weights[id(weight)] = np.take(
+                    ops.convert_to_numpy(weights[id(weight)]), np.flatnonzero(keep[found]), axis
+                )
+            weights = {key: _wide(weight) for key, weight in weights.items()}
+
+            def meet(kernel, signal):
+                return _sums(kernel, signal, [weights[id(weight)] for weight in kernel.weights()])
+        else:
+            graph = _Graph(shrink(network))
+    parts = [tree.flatten(_run(graph, batch, meet)) for batch in _batches(x, graph.batch_size)]
+    found = [np.concatenate(list(map(ops.convert_to_numpy, each))) for each in zip(*parts, strict=True)]
+    return found[0] if len(found) == 1 else found
 
 
-def _live_units(chain: _Chain) -> list[np.ndarray]:
-    """Return boolean arrays, for the inputs and then for each Dense layer: which units lie on a path that matters.
+def _live(graph: _Graph) -> tuple[np.ndarray, np.ndarray]:
+    """Return two boolean arrays over channel numbers: lies on a path that matters; is kept, as its unit has one that does.
 
     All units stay where they cannot be removed one by one: of a softmax, for one, each acts on all others.
     """
-    weights = [stage.weights() for stage in chain.stages]
-    needed = [not _removable(stage) for stage in chain.stages[:-1]] + [True]
-    edges, live = [kernel != 0 for kernel, *_ in weights], [np.ones(len(weights[0][0]), bool)]
-    for edge, (_, *bias), all_of_it in zip(edges, weights, needed, strict=True):
-        live.append(edge[live[-1]].any(axis=0) | (bias[0] != 0 if bias else False) | all_of_it)
-    for number in range(len(edges) - 1, 0, -1):
-        live[number] &= edges[number][:, live[number + 1]].any(axis=1) | needed[number - 1]
-    return live
-
-
-def _live_weights(chain: _Chain) -> dict[str, list]:
-    (rows, *live), weights = map(np.flatnonzero, _live_units(chain)), {}
-    for stage, columns in zip(chain.stages, live, strict=True):
-        kernel, *bias = stage.layer.weights
-        columns = columns if columns.size else np.array([0])
-        if (rows.size, columns.size) != tuple(kernel.shape):
-            kernel = ops.convert_to_numpy(kernel)[np.ix_(rows, columns)]
-            bias = [ops.convert_to_numpy(each)[columns] for each in bias]
-        weights[stage.layer.name], rows = [kernel, *bias], columns
-    return weights
+    fed, needed = np.zeros(graph.count, bool), np.zeros(graph.count, bool)
+    fed[0] = needed[0] = needed[graph.ends] = True
+    links = []
+    for link in graph.links:
+        edges = link.edges() != 0
+        links.append((link.sources, link.targets, edges if edges.ndim == 1 else edges.any(axis=0), link.constant()))
+    known = -1
+    while known != (known := np.count_nonzero(fed)):  # once more, for a layer that is called again with its own outputs
+        for sources, targets, edges, constant in links:
+            arriving = np.logical_and.reduce([fed[source] for source in sources])
+            reached = edges.T @ arriving if edges.ndim == 2 else edges & arriving
+            fed[targets] |= reached | constant
+        if graph.repeated is False:
+            break
+    for _ in range(2 if graph.repeated else 1):
+        for sources, targets, edges, _ in reversed(links):
+            wanted = edges @ needed[targets] if edges.ndim == 2 else edges & needed[targets]
+            for source in sources:
+                np.logical_or.at(needed, source, wanted)
+    live = fed & needed
+    units = np.zeros(graph.count + 1, bool)
+    units[graph.unit[live]] = units[0] = True
+    for made, *_ in graph.makers.values():
+        if not units[graph.unit[made]].any():
+            units[graph.unit[made[0]]] = True
+    return live, units[graph.unit]
 
 
 def cost(network: Model) -> dict:
     """Return what is left of a network and what it costs.
 
     weights_left: non-zero kernel entries of the prunable layers that can still influence the output; units_left: layer
-    name -> units that can; multiply_adds: per image (an open length counts as one), and bytes: of the shrunk network.
+    name -> units that can; multiply_adds: of its kernels per image (an open length counts as one), and bytes of all
+    weights: of the shrunk network.
     """
-    chain = _take_apart(network, check=True)
-    live, left, units, multiply_adds, size = _live_units(chain), 0, {}, 0, 0
-    for stage, rows, columns in zip(chain.stages, live, live[1:], strict=False):
-        kernel, *bias = stage.weights()
-        width = max(1, np.count_nonzero(columns))
-        entries = max(1, np.count_nonzero(rows)) * width
-        multiply_adds += entries * math.prod(count or 1 for count in stage.shape[1:-1])
-        size += (entries + len(bias) * width) * kernel.itemsize
-        if stage is not chain.stages[-1]:
-            left += np.count_nonzero((kernel != 0) & rows[:, None] & columns)
-            units[stage.layer.name] = int(np.count_nonzero(columns))
+    graph = _Graph(network, check=True)
+    live, keep = _live(graph)
+    left = multiply_adds = 0
+    for kernel in graph.kernels.values():
+        taps, depthwise = kernel.taps(), kernel.form == "depthwise"
+        entries = len(taps) * np.count_nonzero(keep[kernel.units])
+        entries *= 1 if depthwise else np.count_nonzero(keep[kernel.inputs])
+        multiply_adds += entries * graph.positions[kernel.name]
+        if kernel in graph.hidden:
+            left += np.count_nonzero(
+                (taps != 0) & live[kernel.units] & (True if depthwise else live[kernel.inputs][:, None])
+            )
+    sizes = {id(weight): list(weight.shape) for weight in network.weights}
+    for weight, axis, found, _ in graph.slices:
+        sizes[id(weight)][axis] = np.count_nonzero(keep[found])
+    size = sum(math.prod(sizes[id(weight)]) * ops.convert_to_numpy(weight).itemsize for weight in network.weights)
+    last = {kernel.name for kernel in graph.last}
+    useful = np.isin(graph.unit, graph.unit[live])
+    units = {name: int(np.count_nonzero(useful[made])) for name, (made, *_) in graph.makers.items() if name not in last}
     return {"weights_left": int(left), "units_left": units, "multiply_adds": int(multiply_adds), "bytes": int(size)}
 
 
 # --- Repair -------------------------------------------------------------------------------------------------------
 
 
-def repair(pruned: Model, dense: Model, x: Array, ridge: float = 1e-3, batch_size: int = BATCH_SIZE) -> Model:
+def repair(pruned: Model, dense: Model, x, ridge: float = 1e-3, batch_size: int | None = None) -> Model:
     """Return a copy of `pruned` whose remaining weights are refitted so that it computes again what `dense` computed.
 
-    Layer by layer from the input, the weights that are left, and the biases of units that are left, become those that
-    bring the layer's pre-activations on the images `x` (n, ...), computed from the layers repaired so far, closest to
-    those of `dense` in least squares. What was pruned stays zero: entries that are zero in `pruned` and not in `dense`,
-    and, in a layer that lost single weights, all zeros. The output layer is refitted too: nothing of it was pruned, but
-    its inputs have changed. No labels, no gradients; a few thousand training images are enough.
+    Kernel by kernel from the input, the weights that are left, and the biases of units that are left, become those that
+    bring what the kernel makes on the images `x` (n, ...), computed from the layers repaired so far, closest to what it
+    makes in `dense` in least squares; before a BatchNormalization, whose statistics stay and whose beta stands for the
+    bias. Where a sum follows, what its other terms, repaired already, lack is made up for too. What was pruned stays
+    zero: entries that are zero in `pruned` and not in `dense`, and, in a layer that lost single weights, all zeros. The
+    output layer is refitted too: nothing of it was pruned, but its inputs have changed. No labels, no gradients; a few
+    thousand training images are enough. A layer that is called several times is refitted where it is called first.
 
     ridge: how strongly weights are held to the pruned ones, as a fraction of the energy that the mean input sends on,
     in (0, 1e12]. Dead or duplicated inputs and few images do no harm: what images do not determine stays as it was.
     Neurons share their inputs, and all units of a layer are solved for at once. For single weights every unit has its
     own problem: up to 256 weights are solved for directly, more by conjugate gradients, side by side, until 0.1 % of
-    each right-hand side is left (what 300 steps do not reach, directly). batch_size: images per pass; it bounds memory.
+    each right-hand side is left (what 300 steps do not reach, directly). batch_size: images per pass; it bounds memory
+    (None: as many as are reasonable; with more images than one batch takes, every layer is one more pass over them).
 
     `pruned` comes from `dense` by pruning; repair first, `shrink` afterwards. Raises `ValueError` for networks of other
     layers or activations, exchanged arguments, or a ridge or batch size out of range, and what `outputs` raises.
     """
-    ours, theirs, x = _take_apart(pruned, check=True), _take_apart(dense, check=True), _images(pruned, x)
-    _check_pair(ours, theirs, x[:3])
-    return _repair_layers(ours, theirs, x, ridge, batch_size, range(len(ours.stages)))
+    ours, theirs, x = _Graph(pruned, check=True), _Graph(dense, check=True), _images(pruned, x)
+    _check_pair(ours, theirs)
+    return _repair_layers(ours, theirs, x, ridge, batch_size, list(ours.kernels))
 
 
-def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x: Array, kind: str = "weights",
-                     ridge: float = 1e-3, batch_size: int = BATCH_SIZE) -> Model:  # fmt: skip
+def prune_and_repair(network: Model, sparsity: float | Mapping[str, float], x, kind: str = "weights",
+                     ridge: float = 1e-3, batch_size: int | None = None) -> Model:  # fmt: skip
     """Return a copy of the network, pruned by "reconstruction" and repaired layer by layer: choose, refit, go on.
 
     `kind` is "weights" or "neurons". What a layer keeps is chosen when those before it are pruned and repaired, from
-    the inputs it has by then; weights are chosen for this one sparsity, by ADMM (ALPS, Meng et al. 2024), neurons as
-    `neuron_scores` has it. (`prune_weights` chooses in all layers of the dense network, and one score serves all
-    sparsities.) In the study this pays for weights, by more the more of them go, and not for neurons. Weights that are
-    0 in the dense network go first. Of two inputs that are always equal ADMM keeps both or neither. Arguments and
-    errors are those of `keep_masks` and `repair`.
+    the inputs it has by then; weights are chosen for this one sparsity, by ADMM (ALPS, Meng et al. 2024; in depthwise
+    kernels by elimination), neurons as `neuron_scores` has it. (`prune_weights` chooses in all layers of the dense
+    network, and one score serves all sparsities.) In the study this pays for weights, by more the more of them go, and
+    not for neurons. Weights that are 0 in the dense network go first. Of two inputs that are always equal ADMM keeps
+    both or neither. Arguments and errors are those of `keep_masks` and `repair`.
     """
     _choice("kind", kind, ("weights", "neurons"))
-    theirs, x, pruned = _take_apart(network, check=True), _images(network, x), network
-    shapes = {stage.layer.name: stage.layer.kernel.shape[kind == "neurons" :] for stage in theirs.stages[:-1]}
+    theirs, x, pruned = _Graph(network, check=True), _images(network, x), network
+    names = list(theirs.kernels)
+    if kind == "weights":
+        shapes = {kernel.name: kernel.weight.shape for kernel in _prunable(theirs)}
+    else:
+        shapes = {name: units.shape for name, units in _removable(theirs).items()}
     kept = keep_masks({name: np.zeros(shape) for name, shape in shapes.items()}, sparsity)
-    for number, (name, mask) in enumerate(kept.items()):
-        share, this = 1 - np.mean(mask), range(number, number + 1)
-        if kind == "neurons":
-            (problem,) = _neuron_problems(pruned, x, this)
-            scores = _error_before_each(*problem)
+    for name, mask in kept.items():
+        share, graph = 1 - np.mean(mask), _Graph(pruned)
+        if kind == "weights":
+            kernel, first = graph.kernels[name], names.index(name)
+            (problem,) = _weight_problems(graph, x, [kernel])
+            alone = problem[0].ndim == 3
+            scores = _rise_at_removal(*problem) if alone else _best_together(*problem, share)
+            scores, last = kernel.tensor(scores * (theirs.kernels[name].matrix() != 0)), first
         else:
-            (problem,) = _weight_problems(pruned, x, this)
-            scores = _best_together(*problem, share) * (theirs.stages[number].weights()[0] != 0)
-        ours = _take_apart(apply_masks(pruned, keep_masks({name: scores}, share)))
-        # This layer, and the one or two after it whose kernels the next choice looks at.
-        pruned = _repair_layers(ours, theirs, x, ridge, batch_size, range(number, number + 2 + (kind == "neurons")))
+            takers = [
+                kernel for kernel in _takers(graph) if np.isin(graph.unit[kernel.inputs], graph.entries[name]).any()
+            ]
+            scores = dict(zip(graph.entries, _per_entry(graph, _neuron_problems(graph, x, takers)), strict=True))[name]
+            first = min(
+                number
+                for number, kernel in enumerate(graph.kernels.values())
+                if np.isin(graph.unit[kernel.units], graph.entries[name]).any()
+            )
+            last = max(names.index(kernel.name) for kernel in takers)
+        ours = _Graph(apply_masks(pruned, keep_masks({name: scores}, share)))
+        # From here to the last that takes what was chosen, and the one whose kernel the next choice looks at.
+        pruned = _repair_layers(ours, theirs, x, ridge, batch_size, names[first : last + 2])
     return pruned
 
 
-def _repair_layers(ours: _Chain, theirs: _Chain, x: np.ndarray, ridge: float, batch_size: int, layers: range) -> Model:
+class _Pair:
+    """A signal in the repaired network and in the dense one."""
+
+    def __init__(self, ours, theirs):
+        self.ours, self.theirs = ours, theirs
+
+
+class _Reached(Exception):
+    """A walk has come as far as it needs to."""
+
+
+def _repair_layers(ours: _Graph, theirs: _Graph, x, ridge: float, batch_size: int | None, names: list[str]) -> Model:
     if isinstance(ridge, bool) or not (isinstance(ridge, numbers.Real) and 0 < ridge <= 1e12):
         raise ValueError(f"ridge must be a positive number up to 1e12, such as 1e-3; got {ridge!r}")
+    batch_size = ours.batch_size if batch_size is None else batch_size
     if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
-    batches, fitted, known = _batches(x, batch_size), [], None
+    batches, fitted, steps = _batches(x, batch_size), {}, {step for steps in ours.beside.values() for step in steps}
 
-    def arriving(number: int) -> Iterable[tuple]:  # what a layer receives in both networks, batch by batch, not kept
-        if number == 0:
-            return ((ours.start(x[batch]), theirs.start(x[batch])) for batch in batches)
-        stage, whole, pairs = ours.stages[number - 1], theirs.stages[number - 1], known or arriving(number - 1)
-        return ((stage.act(stage.sums(a, fitted[number - 1])), whole.act(whole.sums(b))) for a, b in pairs)
+    def travel(batch: list[np.ndarray]) -> None:
+        """Send a batch through both networks, as far as a kernel that is to be fitted to several."""
+        done, known = itertools.count(), {}
 
-    for number, (stage, whole) in enumerate(zip(ours.stages, theirs.stages, strict=True)):
-        pairs = arriving(number)
-        if len(batches) == 1 and number <= max(layers):  # there is memory for one
-            pairs = known = list(pairs)
-        fitted.append(_refit(stage, whole, pairs, float(ridge)) if number in layers else stage.weights())
-    weights = {stage.layer.name: weights for stage, weights in zip(ours.stages, fitted, strict=True)}
-    return _rebuild(ours.network, weights)
+        def apply(operation, *args, **kwargs):
+            step, arrived = next(done), []
+            sides = [tree.map_structure(lambda each, side=side: getattr(each, side) if isinstance(each, _Pair) else each,
+                                        (args, kwargs)) for side in ("theirs", "ours")]  # fmt: skip
+
+            def note(kernel, signal):
+                arrived.append(signal)
+                return _sums(kernel, signal)
+
+            def meet(kernel, signal):
+                name = kernel.name
+                if name in names and name not in fitted:
+                    lacking = _lacking(ours, kernel, known)
+                    reached = signal, arrived[0], lacking
+                    if len(batches) > 1:
+                        raise _Reached(reached)
+                    fitted[name] = _refit(ours, theirs, kernel, [reached], float(ridge))
+                    if len(fitted) == len(names):
+                        raise _Reached
+                arrived.pop(0)
+                return _sums(kernel, signal, fitted.get(name))
+
+            wanted = _compute(theirs, note, theirs.steps[step], *sides[0][0], **sides[0][1])
+            found = _compute(ours, meet, operation, *sides[1][0], **sides[1][1])
+            result = tree.map_structure(_Pair, found, wanted)
+            if step + 1 in steps:
+                known[step + 1] = result
+            return result
+
+        _walk(ours.network, [_Pair(each, each) for each in _inputs(ours, batch)], apply)
+
+    def reach(batch: list[np.ndarray]) -> tuple:
+        try:
+            travel(batch)
+        except _Reached as reached:
+            return reached.args[0] if reached.args else ()
+        return ()
+
+    for kernel in ours.kernels.values():
+        if kernel.name in names and kernel.name not in fitted:
+            if len(batches) == 1:
+                reach(batches[0])
+            else:
+                fitted[kernel.name] = _refit(ours, theirs, kernel, map(reach, batches), float(ridge))
+    values = {}
+    for name, weights in fitted.items():
+        kernel = ours.kernels[name]
+        values |= {id(weight): value for weight, value in zip(kernel.weights(), weights, strict=False)}
+        if kernel.bias is None and len(weights) > 1:
+            layer = ours.after[name]
+            beta = ops.convert_to_numpy(layer.beta)
+            values[id(layer.beta)] = (beta + _scale(layer) * weights[1]).astype(beta.dtype)
+    return _rebuild(ours, values)
 
 
-def _check_pair(ours: _Chain, theirs: _Chain, images: np.ndarray) -> None:
-    kinds = [[f"{type(layer).__name__}{[tuple(weight.shape) for weight in layer.weights[:1]]}"
-              for layer in _layers_in_order(chain.network)] for chain in (ours, theirs)]  # fmt: skip
+def _scale(layer) -> np.ndarray:
+    """Return by what a BatchNormalization multiplies."""
+    gamma = 1.0 if layer.gamma is None else ops.convert_to_numpy(_wide(layer.gamma)).astype(np.float64)
+    return gamma / np.sqrt(ops.convert_to_numpy(_wide(layer.moving_variance)) + layer.epsilon)
+
+
+def _lacking(graph: _Graph, kernel: _Kernel, known: dict) -> object:
+    """Return what the other terms of a sum lack, in units of what the kernel makes: rows, or 0 without a sum."""
+    lacking = 0.0
+    for step in graph.beside.get(kernel.name, []):
+        if step in known:  # or it is an input, which is the same in both networks
+            lacking = lacking + _rows(kernel._replace(form="dense"), known[step].theirs - known[step].ours)
+    if kernel.name in graph.after and not isinstance(lacking, float):
+        lacking = lacking * ops.convert_to_tensor(_inverse(_scale(graph.after[kernel.name])), "float32")
+    return lacking
+
+
+def _check_pair(ours: _Graph, theirs: _Graph) -> None:
+    kinds = [[f"{type(step).__name__}{[tuple(weight.shape) for weight in getattr(step, 'weights', [])[:1]]}"
+              for step in graph.steps] for graph in (ours, theirs)]  # fmt: skip
     if kinds[0] != kinds[1]:
         raise ValueError(f"pruned and dense must have the same layers, got {kinds[0]} and {kinds[1]}; shrink later")
-    pairs = [(ours.start(images), theirs.start(images))]
-    pairs += [(a.act(_probe(a)), b.act(_probe(a))) for a, b in zip(ours.stages, theirs.stages, strict=True)]
-    if not all(np.allclose(*map(ops.convert_to_numpy, pair), atol=1e-6) for pair in pairs):
-        raise ValueError("pruned and dense must have the same activations; theirs turn the same numbers into others")
-    zeros = [[stage.weights()[0] == 0 for stage in chain.stages] for chain in (ours, theirs)]
+    for (one, shape), (other, _) in zip(ours.acts, theirs.acts, strict=True):
+        if one is not other:
+            probe = ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape), "float32")
+            if not np.allclose(*(ops.convert_to_numpy(function(probe)) for function in (one, other)), atol=1e-6):
+                raise ValueError("pruned and dense must have the same activations; theirs turn the same into others")
+    zeros = [[kernel.taps() == 0 for kernel in graph.kernels.values()] for graph in (ours, theirs)]
     lost, gained = (any((a & ~b).any() for a, b in zip(*pair, strict=True)) for pair in (zeros, zeros[::-1]))
     if gained and not lost:
         raise ValueError("dense has zeros that pruned does not have: exchange the arguments, repair(pruned, dense, x)")
 
 
-def _refit(stage: _Stage, whole: _Stage, pairs: Iterable[tuple], ridge: float) -> list[np.ndarray]:
-    """Return weights that map the first of each pair of inputs closest to what `whole` makes of the second."""
-    own, inputs = stage.weights(), stage.layer.kernel.shape[0]
-    weights, target = (np.vstack(each.weights()).astype(np.float64) for each in (stage, whole))
-    alive = weights != 0
+def _refit(ours: _Graph, theirs: _Graph, kernel: _Kernel, reached: Iterable[tuple], ridge: float) -> list[np.ndarray]:
+    """Return weights that map what arrives closest to what the dense network makes of what arrives there.
+
+    reached: tuples of both, and of what is lacking elsewhere. After a BatchNormalization, beta stands for a bias, and
+    what is returned is what to add to it.
+    """
+    whole, biased, depthwise = theirs.kernels[kernel.name], _biased(ours, kernel), kernel.form == "depthwise"
+    first, shift = [kernel.matrix(), whole.matrix()], 0.0
+    last = [np.zeros((int(biased), first[0].shape[1]), np.float32)] * 2
+    if biased and kernel.bias is not None:
+        last = [ops.convert_to_numpy(_wide(each.bias))[None] for each in (kernel, whole)]
+    elif biased:  # what was added to beta when this kernel was fitted before
+        layers = ours.after[kernel.name], theirs.after[kernel.name]
+        added = np.subtract(*(ops.convert_to_numpy(_wide(layer.beta)) for layer in layers))
+        shift = ops.convert_to_tensor(added * _inverse(_scale(layers[0])), "float32")
+    weights, target = (np.vstack(pair).astype(np.float64) for pair in zip(first, last, strict=True))
+    alive, inputs = weights != 0, len(first[0])
     units = alive.any(axis=0)
     if not (~alive & (target != 0))[:inputs, units].any():  # only whole units went: other zeros are the layer's own
         alive[:inputs, units] = True
     alive[inputs:] = units  # the bias is the weight of one more input, which is always 1
-    exact = (alive[:, units] == alive[:, units][:, :1]).all()
-    gram, cross, most = np.zeros((len(weights), len(weights))), np.zeros(weights.shape), 0.0
-    for signal, wanted in pairs:
-        wanted = _rows(whole.sums(wanted))
-        missing, signal = wanted - _rows(stage.sums(signal)), _rows(signal)
-        signal, powers = _near_one(ops.concatenate([signal, ops.ones_like(signal[:, : len(own) - 1])], axis=1))
-        used = np.flatnonzero(ops.convert_to_numpy(ops.any(signal != 0, axis=0)))  # removed units send nothing
-        signal, powers = ops.take(signal, used, axis=1), powers[used]
+    exact = not depthwise and (alive[:, units] == alive[:, units][:, :1]).all()
+    make = (lambda rows, matrix: ops.einsum("ptu,tu->pu", rows, matrix)) if depthwise else ops.matmul
+    most, gram, cross = 0.0, np.zeros((*[len(units)] * depthwise, *[len(weights)] * 2)), np.zeros(weights.shape)
+    for signal, wanted, lacking in reached:
+        signal, wanted = _rows(kernel, signal), _rows(whole, wanted)
+        pairs = zip((signal, wanted), first, last, strict=True)
+        sums, wanted = (ops.add(make(rows, ops.convert_to_tensor(matrix)), bias.sum(axis=0)) for rows, matrix, bias in pairs)
+        wanted = ops.subtract(ops.add(wanted, lacking), shift)
+        missing = ops.subtract(wanted, sums)
+        signal = ops.concatenate([signal, ops.ones_like(signal[:, :1])], axis=1) if biased else signal
+        signal, powers = _near_one(signal)
+        used = np.arange(len(weights))
+        if not depthwise:
+            used = np.flatnonzero(ops.convert_to_numpy(ops.any(signal != 0, axis=0)))  # removed units send nothing
+            signal, powers = ops.take(signal, used, axis=1), powers[used]
         most = np.maximum(most, [ops.convert_to_numpy(ops.max(ops.abs(each), axis=0)) for each in (missing, wanted)])
         if exact:  # in float64, because duplicated inputs leave only the ridge to divide by
             signal, missing = (ops.convert_to_numpy(each).astype(np.float64) for each in (signal, missing))
             squares, mixed = signal.T @ signal, signal.T @ missing
+        elif depthwise:
+            squares = ops.convert_to_numpy(ops.einsum("ptu,psu->uts", signal, signal))
+            mixed = ops.convert_to_numpy(ops.einsum("ptu,pu->tu", signal, missing))
         else:
             both = (ops.matmul(ops.transpose(signal), each) for each in (signal, missing))
             squares, mixed = map(ops.convert_to_numpy, both)
-        gram[np.ix_(used, used)] += np.outer(powers, powers) * squares
-        cross[used] += powers[:, None] * mixed
+        if depthwise:
+            gram += powers.T[:, :, None] * powers.T[:, None, :] * squares
+            cross += powers * mixed
+        else:
+            gram[np.ix_(used, used)] += np.outer(powers, powers) * squares
+            cross[used] += powers[:, None] * mixed
+    alive &= units & (most[0] > 1e-5 * most[1])  # what is missing is more than rounding
+    if depthwise:
+        weights += _change_each(gram, cross, alive, ridge)
+    else:
+        _change(gram, cross, alive, ridge, exact, weights, target[:inputs])
+    bias = [weights[inputs]] if biased else []
+    parts = zip([kernel.tensor(weights[:inputs]), *bias], [*kernel.weights(), kernel.weight], strict=False)
+    return [*(part.astype(ops.convert_to_numpy(old).dtype) for part, old in parts),
+            *([kernel.bias] if kernel.form == "transposed" and kernel.bias is not None else [])]  # fmt: skip
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale != 0, 1 / np.where(scale != 0, scale, 1), 0)
+
+
+def _change(gram, cross, alive, ridge: float, exact: bool, weights: np.ndarray, target: np.ndarray) -> None:
+    """Change weights, in place, by what least squares say; `exact`: all columns have the same rows."""
     # What holds an input is the share of its outputs' energy that the mean input sends: scales of inputs and outputs
     # cancel out. The bias is held by its own energy.
-    energy, squares = gram.diagonal(), target[:inputs] ** 2
+    inputs, energy, squares = len(target), gram.diagonal(), target**2
     sent = squares @ (1 / np.maximum(energy[:inputs] @ squares, 1e-300)) * (energy[:inputs] > 0)
     strength = energy.copy()
     strength[:inputs][sent > 0] = np.mean((energy[:inputs] * sent)[sent > 0]) / sent[sent > 0] if sent.any() else 0
-    rows = np.flatnonzero((energy > 0) & alive.any(axis=1))
-    columns = np.flatnonzero(units & (most[0] > 1e-5 * most[1]))  # what is missing is more than rounding
-    if rows.size and columns.size:
-        place = np.ix_(rows, columns)
-        gram = gram[np.ix_(rows, rows)] + np.diag(ridge * strength[rows])
-        scale = np.sqrt(gram.diagonal())[:, None]
-        gram, cross = gram / (scale * scale.T), cross[place] / scale
-        gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
-        if exact:
-            change = scipy.linalg.solve(gram, cross, assume_a="pos")
-        else:
-            change = _solve_within(gram, cross * alive[place], alive[place])
-        weights[place] += change / scale
-    return [part.astype(old.dtype) for part, old in zip((weights[:inputs], weights[-1]), own, strict=False)]
+    rows, columns = np.flatnonzero((energy > 0) & alive.any(axis=1)), np.flatnonzero(alive.any(axis=0))
+    if not (rows.size and columns.size):
+        return
+    place = np.ix_(rows, columns)
+    gram = gram[np.ix_(rows, rows)] + np.diag(ridge * strength[rows])
+    scale = np.sqrt(gram.diagonal())[:, None]
+    gram, cross = gram / (scale * scale.T), cross[place] / scale
+    gram[np.diag_indices_from(gram)] += 4 * np.finfo(float).eps * len(gram)
+    if exact:
+        change = scipy.linalg.solve(gram, cross, assume_a="pos")
+    else:
+        change = _solve_within(gram, cross * alive[place], alive[place])
+    weights[place] += change / scale
+
+
+def _change_each(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray, ridge: float) -> np.ndarray:
+    """Return by what the weights of a depthwise kernel change: each column by its own products."""
+    energy, eps = _diagonal(gram).copy(), 4 * np.finfo(float).eps * gram.shape[-1]
+    _diagonal(gram)[...] += ridge * energy
+    scale = np.sqrt(np.where(energy > 0, _diagonal(gram), 1.0))
+    gram = gram / (scale[:, :, None] * scale[:, None, :])
+    _diagonal(gram)[...] += eps
+    alive = alive & (energy.T > 0)
+    return _solve_within(gram, cross / scale.T * alive, alive) / scale.T
 
 
 def _solve_within(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray, few: int = 256) -> np.ndarray:
@@ -920,7 +1966,7 @@ def _solve_within(gram: np.ndarray, cross: np.ndarray, alive: np.ndarray, few: i
     for columns, rows, own, parts in _column_by_column(gram, direct):
         place = rows, columns[:, None]
         found[place] = np.linalg.solve(parts, (cross[place] * own)[:, :, None])[:, :, 0]
-    harm = np.sum(found * (gram @ found - 2 * cross), axis=0) > 0  # further from dense than before
+    harm = np.sum(found * (_times(gram, found) - 2 * cross), axis=0) > 0  # further from dense than before
     return np.where(harm, 0.0, found)
 
 

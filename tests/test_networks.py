@@ -75,9 +75,12 @@ KEPT_WHOLE = {
 @pytest.mark.parametrize("function", KEPT_WHOLE.values(), ids=KEPT_WHOLE)
 def test_layers_whose_units_cannot_be_removed_one_by_one_stay_whole(function):
     network, (x, _) = random_network(activation=function), images()
-    with pytest.raises(ValueError, match=r"neurons of layer 'hidden_1' cannot be removed"):
+    with pytest.raises(ValueError, match=r"no unit .* can be removed; 'hidden_1' stays: .* (mixes units|not 0 without)"):
         prune_neurons(network, 0.5)
-    assert bits(prune_neurons(network, 0)) == bits(network)
+    partly = chain(*network.layers[:2], Dense(5, "relu"), Dense(CLASSES))
+    with pytest.warns(match=r"not all units can be removed; 'hidden_1' stays: .*; 'hidden_2' stays"):
+        pruned = prune_neurons(partly, 0.6)
+    assert [layer.units for layer in shrink(pruned).layers] == [12, 8, 2, CLASSES]
     for sparsity in (0.5, 0.97, 1.0):
         pruned = prune_weights(network, sparsity)
         assert cost(pruned)["units_left"] == {"hidden_1": 12, "hidden_2": 8}
@@ -202,13 +205,15 @@ class Forgetful(Scaled):
 
 Impostor = type("Dense", (Scaled,), {"call": lambda self, inputs: super(Impostor, self).call(inputs) + 1})
 FakeReLU = type("ReLU", (keras.layers.Layer,), {"call": lambda self, inputs: inputs + 1})
-pruning_utils.SUPPORTED |= {Scaled, Forgetful}
+pruning_utils.RULES |= dict.fromkeys((Scaled, Forgetful), pruning_utils.RULES["Dense"])
 
 
 @pytest.mark.parametrize("odd", [lambda: Impostor(12, name="odd"), lambda: FakeReLU(name="odd")])
 def test_a_layer_of_ones_own_does_not_pass_by_its_name(odd):
-    with pytest.raises(TypeError, match=r"layer 'odd' is a (Dense|ReLU), which is not supported"):
-        prune_weights(chain(Dense(12), odd(), Dense(CLASSES)), 0.5)
+    network = chain(Dense(12, name="first"), odd(), Dense(5), Dense(CLASSES))
+    with pytest.warns(match=r"'first' stays: 'odd' \((Dense|ReLU)\) has no rule"):
+        small = shrink(prune_neurons(network, 0.4))
+    assert [layer.units for layer in small.layers if hasattr(layer, "units")][-2:] == [3, CLASSES]
 
 
 @every_copy
@@ -240,52 +245,34 @@ def changed(change):
     return network
 
 
-UNSUPPORTED = {
-    "Conv2D": lambda: chain(keras.layers.Conv2D(2, 3, name="odd"), Flatten(), Dense(4), Dense(4), inputs=(8, 8, 1)),
-    "BatchNormalization": lambda: chain(Dense(4), keras.layers.BatchNormalization(name="odd"), Dense(4)),
-    "Sequential": lambda: chain(keras.Sequential([Dense(4)], name="odd"), Dense(4), Dense(4)),
-    "Add": lambda: functional(lambda x: Dense(4)(keras.layers.Add(name="odd")([Dense(6)(x), x]))),
-    "Multiply": lambda: functional(lambda x: Dense(4)(ops.multiply(Dense(4)(x), 2))),
-    "Dense, quantised": lambda: changed(lambda network: network.quantize("int8")),
-    "Dense, quantised.*LoRA": lambda: changed(lambda network: network.layers[0].enable_lora(2)),
-}
-
-
 @by_every_entrance
-@pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_an_unsupported_layer_is_named(kind, call):
-    with pytest.raises(TypeError, match=rf"layer '(odd|multiply\w*|hidden_1)' is a {kind}.*not supported"):
-        call(UNSUPPORTED[kind]())
+@pytest.mark.parametrize("change", [lambda network: network.quantize("int8"),
+                                    lambda network: network.layers[0].enable_lora(2)])  # fmt: skip
+def test_layers_that_are_quantised_or_have_lora_are_refused_by_name(change, call):
+    with pytest.raises(TypeError, match="layer 'hidden_1' is a Dense, quantised or with LoRA: not supported"):
+        call(changed(change))
 
 
-def alike(same):
-    layers = [Dense(6), Dense(6)]
-    network = chain(layers[0], layers[not same], Dense(4))
-    layers[0].name = layers[1].name = "twice"  # Keras looks at names only when a layer is added
+def alike():
+    network = chain(Dense(6), Dense(6), Dense(4))
+    network.layers[0].name = network.layers[1].name = "twice"  # Keras looks at names only when a layer is added
     return network
 
 
-NO_CHAINS = {
-    "not built": (lambda: keras.Sequential([Dense(4), Dense(4)], name="mine"), "'mine' is not built"),
-    "only one": (lambda: chain(Dense(4, name="only")), "needs a hidden layer.*'only'"),
-    "shared": (lambda: as_functional(alike(True)), "not a chain.*'twice'"),
-    "twice": (partial(alike, True), "not a chain.*'twice'"),
-    "named alike": (partial(alike, False), "not a chain.*'twice'"),
-    "two outputs": (lambda: functional(lambda x: [Dense(4)(Dense(4)(x)), Dense(4)(x)]), "not a chain"),
-    "a dictionary": (lambda: functional(lambda x: {"out": Dense(4)(Dense(4)(x))}), "not a chain.*one output"),
-    "an output halfway": (lambda: functional(lambda x: (y := Dense(4)(x), Dense(4)(y))), "not a chain.*one output"),
-    "two inputs": (lambda: functional(lambda x, z: Dense(4)(Dense(4)(x)), 2), "not a chain.*one input"),
-    "flattened": (lambda: chain(Dense(4, name="first"), Flatten(), Dense(4, name="second"), inputs=(5, 6)),
-                  "'first' has 4 units, but 'second' takes 20"),
-}  # fmt: skip
-
-
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: keras.Sequential([Dense(4), Dense(4)], name="mine"), "'mine' is not built"),
+    (alike, "layers of the same name.*'twice'"),
+])  # fmt: skip
 @by_every_entrance
-@pytest.mark.parametrize("kind", NO_CHAINS)
-def test_what_is_no_built_chain_with_a_hidden_layer_is_refused(kind, call):
-    build, message = NO_CHAINS[kind]
+def test_what_is_not_built_or_has_two_layers_of_one_name_is_refused(build, message, call):
     with pytest.raises(ValueError, match=message):
         call(build())
+
+
+@pytest.mark.parametrize("call", [prunable_layers, pruning_utils.prunable_units, ENTRANCES[-1]])
+def test_a_network_without_anything_to_prune_is_refused(call):
+    with pytest.raises(ValueError, match="'only'|no unit"):
+        call(chain(Dense(4, name="only")))
 
 
 class WithItsOwnCall(keras.Model):
