@@ -405,6 +405,7 @@ STYLES = {
     "repaired weights": (_PALETTE[9], "", "D"),
     "random": (_PALETTE[7], (1, 2), "X"),
 }
+STYLES |= {"filter pruning": STYLES["neuron pruning"], "repaired filters": STYLES["repaired neurons"]}
 _SPARE = [(_PALETTE[4], "^"), ("black", "P"), (_PALETTE[5], "p"), (_PALETTE[3], "v"), (_PALETTE[6], "<")]
 
 
@@ -420,12 +421,13 @@ def set_style() -> None:
 
 
 def plot_curves(frame: pd.DataFrame, x: str = "sparsity", title: str = "") -> plt.Figure:
-    """Plot test accuracy against `x` ("sparsity" or "weights_left"), one panel per data set, one colour per method.
+    """Plot test accuracy against `x` ("sparsity", "weights_left" or "multiply_adds"), a panel per data set.
 
-    frame: as `sweep` returns it. The mean over seeds is drawn over one thin line per seed; a dotted line marks the
+    frame: as `sweep` returns it. One colour per method: the mean over one thin line per seed; a dotted line marks the
     10 % or so that one and the same answer for every image scores.
     """
-    scale, label = {"sparsity": (100, "Sparsity (%)"), "weights_left": (1, "Weights left")}[x]
+    labels = {"sparsity": "Sparsity (%)", "weights_left": "Weights left", "multiply_adds": "Multiply-adds"}
+    scale, label = 100 if x == "sparsity" else 1, labels[x]
     frame = frame.assign(**{"Test accuracy (%)": 100 * frame["accuracy"], label: scale * frame[x]})
     frame["dataset"] = frame["dataset"].map(lambda name: TITLES.get(name, name))
     mean = (
