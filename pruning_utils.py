@@ -11,6 +11,7 @@ mask is boolean, True = kept; a score is higher for what should be kept; sparsit
     {'hidden': 15}
 """
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -131,7 +132,7 @@ class _Graph:
         self.network, self.paths, self.steps, self.count, self.signals = network, dict(_paths(network)), [], 1, 0
         self.ties, self.seen, self.slices, self.links, self.makers = [np.zeros((2, 1), int)], {}, [], [], {}
         self.kernels, self.calls, self.positions, self.called, self.sizes, self.acts = {}, {}, {}, {}, {}, []
-        self.unknown, self.reasons, self.after, self.beside = [], [], {}, {}
+        self.unknown, self.reasons, self.after, self.beside, self.repeated = [], [], {}, {}, False
         starts = [KerasTensor(tensor.shape, tensor.dtype) for tensor in network.inputs]
         for start in starts:
             self._label(start, np.zeros(1, int))
@@ -155,7 +156,6 @@ class _Graph:
         self.last = [kernel for kernel in self.kernels.values() if last[kernel.units].any()]
         self.hidden = [kernel for kernel in self.kernels.values() if not last[kernel.units].any()]
         once = {name for name, count in self.called.items() if count == 1}
-        self.repeated = len(once) < len(self.kernels)
         self.after = {name: layer for name, (layer, sums) in self.after.items() if name in once and sums.uses == 1}
         self.beside = {name: steps for name, (steps, *path) in self.beside.items()
                        if name in once and all(tensor.uses == 1 for tensor in path)}  # fmt: skip
@@ -170,6 +170,7 @@ class _Graph:
         tensors = [each for each in tree.flatten((args, kwargs)) if isinstance(each, KerasTensor)]
         call, rule = _Call(operation, args, kwargs, tensors, tree.flatten(result)), _rule(operation)
         self.steps.append(operation)
+        _check_layer(operation)
         found = rule(self, call) if rule else None
         for tensor in tensors:
             tensor.uses += 1
@@ -192,10 +193,8 @@ class _Graph:
         weights = getattr(operation, "variables", [])
         if weights or received.any():
             self.unknown.append(f"{operation.name!r} ({type(operation).__name__})")
-        self.stay(own)
         self.stay(received, f"{operation.name!r} ({type(operation).__name__}) has no rule")
-        self.links.append(_Link([np.abs(received)], own, bool(weights), lambda: np.ones((1, len(received), 1))))
-        return [own for _ in call.ends]
+        return [self.lead(received, own, bool(weights)) for _ in call.ends]
 
     # What rules are written with. They take the graph and a call; they return numbers, or None if they do not fit.
 
@@ -212,19 +211,34 @@ class _Graph:
         if why and np.any(some):
             self.reasons.append((np.abs(some).ravel(), why))
 
+    def lead(self, some: np.ndarray, own: np.ndarray, kernel: bool = False) -> np.ndarray:
+        """Let a channel stay that is computed from all of some others."""
+        self.stay(own)
+        self.links.append(_Link([np.abs(some).ravel()], own, kernel, lambda: np.ones((1, np.size(some), 1))))
+        return own
+
     def same(self, place: object, some: np.ndarray) -> np.ndarray:
         """Tie what the calls of one layer meet in the same place; return what the first one met."""
         known = self.seen.setdefault(place, some)
         if known is not some:
-            self.tie(known, some) if known.shape == some.shape else (self.stay(known), self.stay(some))
+            self.repeated = True
+            self.join(some, known) if known.shape == some.shape else (self.stay(known), self.stay(some))
         return known
+
+    def join(self, some: np.ndarray, known: np.ndarray) -> None:
+        """Tie channels, some of which are met under the numbers of others."""
+        self.tie(some, known)
+        some, known = (np.abs(each).ravel() for each in np.broadcast_arrays(some, known))
+        other = some != known
+        if other.any():
+            self.links.append(_Link([some[other]], known[other]))
 
     def along(self, found: np.ndarray, axis: int) -> np.ndarray:
         """Return the numbers along an axis; if they differ along another one, they stay."""
         thin, axis = _thin(found), axis % found.ndim
         if any(size > 1 and place != axis for place, size in enumerate(thin.shape)):
             self.stay(thin, "a layer takes another axis for that of the units")
-            return np.zeros(found.shape[axis], int)
+            return np.broadcast_to(self.lead(thin, self.new(1)), found.shape[axis])
         return np.broadcast_to(thin.ravel(), found.shape[axis])
 
     def boxed(self, found: np.ndarray) -> np.ndarray:
@@ -233,19 +247,20 @@ class _Graph:
         if sum(size > 1 for size in thin.shape) > 1:
             last = max(place for place, size in enumerate(thin.shape) if size > 1)
             others = tuple(place for place in range(thin.ndim) if place != last)
-            self.tie(thin, np.abs(thin).max(axis=others, keepdims=True))
+            self.join(thin, np.abs(thin).max(axis=others, keepdims=True))
             thin = np.abs(thin).max(axis=others, keepdims=True) * np.where((thin < 0).any(others, keepdims=True), -1, 1)
         return np.broadcast_to(thin, found.shape)
 
-    def follow(self, *sources: np.ndarray, silent: object = True, together: bool = True, **link) -> np.ndarray:
+    def follow(self, *sources: np.ndarray, silent: object = True, together: bool = True, untied=(), **link):
         """Return new numbers for channels that are computed from others one by one, and are one unit with them.
 
-        together: they are 0 where any of the sources is, not only where all are.
+        together: they are 0 where any of the sources is, not only where all are; untied: sources that stay.
         """
         targets = np.where(np.any(sources, axis=0), self.new(len(sources[0])), 0)
         sources = [np.abs(source) for source in sources]
         for source in sources:
             self.tie(source, targets)
+        sources += [np.broadcast_to(np.abs(each).ravel(), targets.shape) for each in untied]
         self.links += [_Link(each, targets, **link) for each in ([sources] if together else [[one] for one in sources])]
         return np.where(silent, targets, -targets)
 
@@ -256,9 +271,9 @@ class _Graph:
 
     def cut(self, weight: keras.Variable, axis: int, found: np.ndarray, zeroed: bool = True) -> np.ndarray:
         """Note that a weight has an entry per channel along an axis; return the numbers that it has there."""
-        if (known := self.same((id(weight), axis), found)) is found:
+        if (id(weight), axis) not in self.seen:
             self.slices.append(_Slice(weight, axis, np.abs(found), zeroed))
-        return known
+        return self.same((id(weight), axis), found)
 
     def make(self, call: _Call, layer: Layer, setting: str, weight, axis: int, bias=None, part: str = "") -> np.ndarray:
         """Return the numbers that a layer makes: along an axis of its kernel, as many as one of its settings says."""
@@ -278,7 +293,7 @@ class _Graph:
         if known not in (own := self.calls.setdefault(id(call.operation), [])):
             own.append(known)
         self.positions[name], self.called[name] = self.positions.get(name, 0) + positions, self.called.get(name, 0) + 1
-        edges, biased = known.taps, (lambda: ops.convert_to_numpy(bias) != 0) if bias is not None else (lambda: False)
+        edges, biased = known.taps, (lambda: ops.convert_to_numpy(bias).ravel() != 0) if bias is not None else (lambda: False)
         self.links.append(_Link([np.abs(inputs)], known.units, True, edges, biased))
 
     def act(self, function: Callable, found: np.ndarray, name: str) -> np.ndarray:
@@ -388,7 +403,7 @@ def _dense(graph: _Graph, call: _Call):
 
 def _convolution(graph: _Graph, call: _Call):
     layer, transposed = call.operation, "Transpose" in type(call.operation).__name__
-    if layer.groups != 1:
+    if getattr(layer, "groups", 1) != 1:
         return None
     ins, outs = (layer.rank + 1, layer.rank) if transposed else (layer.rank, layer.rank + 1)
     inputs = graph.cut(layer.kernel, ins, graph.along(call.inputs[0], 0 if _first(layer) else -1), zeroed=False)
@@ -453,7 +468,7 @@ def _embedding(graph: _Graph, call: _Call):
     weight = call.operation.embeddings
     units = graph.make(call, call.operation, "output_dim", weight, 1)
     used = lambda: (ops.convert_to_numpy(weight) != 0).any(axis=0)  # noqa: E731
-    graph.links.append(_Link([np.zeros(1, int)], units, True, lambda: np.zeros(1), used))
+    graph.links.append(_Link([np.zeros(len(units), int)], units, True, lambda: np.zeros(1), used))
     return units
 
 
@@ -538,7 +553,10 @@ def _moved(graph: _Graph, call: _Call):
         return ops.convert_to_tensor(np.broadcast_to(each.numbers, (batch, *_shape(each))), "float32")
 
     args, kwargs = tree.map_structure(fill, (call.args, call.kwargs))
-    found = ops.convert_to_numpy(call.operation.call(*args, **kwargs))
+    try:
+        found = ops.convert_to_numpy(call.operation.call(*args, **kwargs))
+    except Exception:  # every backend has its own: what does not work on one image moves the axis of the images
+        return None
     if found.shape != (batch, *call.shape):
         return None  # it moves the axis of the images
     found, (received,) = found[0].astype(int), call.inputs
@@ -585,19 +603,20 @@ def _joined(graph: _Graph, call: _Call):
     constants = len(call.tensors) < len(tree.flatten(call.args))
     if constants or len(places) > 1 or any(found.ndim != len(shape) for found in call.inputs):
         return None
-    (axis,), sources, silent = places, [], []
+    (axis,), sources, silent, untied = places, [], [], []
     for each, found in zip(thin, call.inputs, strict=True):
         if found.shape[axis] < shape[axis] or (each.size == 1 and each.any() and found.shape != shape):
             graph.stay(each, f"{name!r} stretches it")
+            untied.append(each)
             silent.append(np.zeros(shape[axis], bool))
         else:
             sources.append(np.broadcast_to(each.ravel(), shape[axis]))
             silent.append(sources[-1] > 0)
     product = kind == "Multiply"
     silent = np.any(silent, axis=0) if product else np.all(silent, axis=0)
-    stretched = len(sources) < len(thin)
-    units = graph.follow(*sources, silent=silent, together=product, constant=lambda: stretched and not product)
-    for tensor in call.tensors if kind == "Add" and not stretched else []:
+    constant = lambda: bool(untied) and not product  # noqa: E731
+    units = graph.follow(*sources, silent=silent, together=product, untied=untied, constant=constant)
+    for tensor in call.tensors if kind == "Add" and not untied else []:
         if origin := getattr(tensor, "origin", None):
             others = [other.step for other in call.tensors if other is not tensor]
             if max(others) < origin[1][0].step:
@@ -772,6 +791,25 @@ def _batches(x, size: int) -> list[list[np.ndarray]]:
 
 
 # --- Networks at work ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """GPUs multiply float32 with mantissas of 10 bits (TF32) unless told otherwise; sums of squares need all 24."""
+    backend = sys.modules[keras.backend.backend()]  # Keras has imported it
+    if backend.__name__ == "jax":
+        with backend.default_matmul_precision("highest"):
+            yield
+    elif backend.__name__ == "tensorflow":
+        settings = backend.config.experimental
+        before = settings.tensor_float_32_execution_enabled()
+        settings.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            settings.enable_tensor_float_32_execution(before)
+    else:
+        yield
 
 
 def _sums(kernel: _Kernel, signal, weights: list | None = None):
@@ -1300,6 +1338,7 @@ def _near_one(rows) -> tuple:
     return rows / ops.convert_to_tensor(powers, rows.dtype), powers.astype(np.float64)
 
 
+@_full_precision()
 def _mean_square(graph: _Graph, x, kernels: list[_Kernel], rows_of: Callable, term: Callable, scale: Callable) -> dict:
     """Return, per kernel, the mean over the rows of its inputs of a term that is quadratic in them, in float64.
 
@@ -1502,6 +1541,8 @@ def _rebuild(graph: _Graph, values: Mapping[int, object], keep: np.ndarray | Non
             for _, axis, found, _ in cuts.get(id(variable), []):
                 value = np.take(ops.convert_to_numpy(value), np.flatnonzero(keep[found]), axis)
             new.assign(value)
+        if hasattr(copy, "finalize_state"):
+            copy.finalize_state()
         for name, value in vars(operation).items():
             if name.endswith("_initializer"):
                 setattr(copy, name, value)
@@ -1529,6 +1570,8 @@ def _sized(graph: _Graph, operation, keep: np.ndarray | None) -> dict:
 def _again(operation, changes: dict):
     """Return an unbuilt copy of a layer or operation with some settings changed."""
     if isinstance(operation, Lambda) or not isinstance(operation, Layer):  # no weights, and functions without a name
+        if changes:
+            return type(operation).from_config(operation.get_config() | changes)
         copy = object.__new__(type(operation))
         copy.__dict__.update(vars(operation), _inbound_nodes=[], _outbound_nodes=[], **changes)
         return copy
@@ -1612,8 +1655,8 @@ def _live(graph: _Graph) -> tuple[np.ndarray, np.ndarray]:
 
     All units stay where they cannot be removed one by one: of a softmax, for one, each acts on all others.
     """
-    fed, needed = np.zeros(graph.count, bool), np.zeros(graph.count, bool)
-    fed[0] = needed[0] = needed[graph.ends] = True
+    fed, needed = np.zeros(graph.count, bool), graph.unit == 0
+    fed[0] = True
     links = []
     for link in graph.links:
         edges = link.edges() != 0
@@ -1623,12 +1666,13 @@ def _live(graph: _Graph) -> tuple[np.ndarray, np.ndarray]:
         for sources, targets, edges, constant in links:
             arriving = np.logical_and.reduce([fed[source] for source in sources])
             reached = edges.T @ arriving if edges.ndim == 2 else edges & arriving
-            fed[targets] |= reached | constant
-        if graph.repeated is False:
+            np.logical_or.at(fed, targets, reached | constant)
+        if not graph.repeated:
             break
     for _ in range(2 if graph.repeated else 1):
         for sources, targets, edges, _ in reversed(links):
-            wanted = edges @ needed[targets] if edges.ndim == 2 else edges & needed[targets]
+            going = needed[targets] & fed[targets]
+            wanted = edges @ going if edges.ndim == 2 else edges & going
             for source in sources:
                 np.logical_or.at(needed, source, wanted)
     live = fed & needed
@@ -1753,6 +1797,7 @@ class _Reached(Exception):
     """A walk has come as far as it needs to."""
 
 
+@_full_precision()
 def _repair_layers(ours: _Graph, theirs: _Graph, x, ridge: float, batch_size: int | None, names: list[str]) -> Model:
     if isinstance(ridge, bool) or not (isinstance(ridge, numbers.Real) and 0 < ridge <= 1e12):
         raise ValueError(f"ridge must be a positive number up to 1e12, such as 1e-3; got {ridge!r}")
