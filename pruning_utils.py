@@ -293,8 +293,8 @@ class _Graph:
         if known not in (own := self.calls.setdefault(id(call.operation), [])):
             own.append(known)
         self.positions[name], self.called[name] = self.positions.get(name, 0) + positions, self.called.get(name, 0) + 1
-        edges, biased = known.taps, (lambda: ops.convert_to_numpy(bias).ravel() != 0) if bias is not None else (lambda: False)
-        self.links.append(_Link([np.abs(inputs)], known.units, True, edges, biased))
+        constant = (lambda: ops.convert_to_numpy(bias).ravel() != 0) if bias is not None else (lambda: False)
+        self.links.append(_Link([np.abs(inputs)], known.units, True, known.taps, constant))
 
     def act(self, function: Callable, found: np.ndarray, name: str) -> np.ndarray:
         """Send numbers through a function that may change every channel, but none by another."""
@@ -634,8 +634,8 @@ RULES: dict[str | type, Callable] = {
     **dict.fromkeys(("LayerNormalization", "GroupNormalization", "RMSNormalization", "UnitNormalization"), _mixed),
     **dict.fromkeys(("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "Dropout", "GaussianNoise", "GaussianDropout",
                      "AlphaDropout", "ActivityRegularization", "Identity", "Rescaling"), _pointwise),
-    **dict.fromkeys((f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in "123"), _spatial),
     **dict.fromkeys(("BasePooling", "BaseGlobalPooling"), _spatial),
+    **dict.fromkeys((f"{kind}{d}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for d in "123"), _spatial),
     **dict.fromkeys(("Mean", "Sum", "Max", "Min"), _reduced),
     **dict.fromkeys(("Flatten", "Reshape", "Permute", "RepeatVector", "Transpose", "Moveaxis", "Swapaxes", "Squeeze",
                      "ExpandDims", "Flip", "Ravel", "GetItem"), _moved),
@@ -679,8 +679,8 @@ def prunable_layers(network: Model) -> list[Layer]:
 
     These are Dense, convolutions, their transposed, depthwise and separable forms, and the projections of attention. A
     kernel whose result reaches an output without another one is never pruned. Raises `TypeError` for what is no network
-    of layers, quantised layers and layers with LoRA; `ValueError` for a network that is not built, has nothing to prune,
-    two layers of one name, or NaN or infinite weights.
+    of layers, quantised layers and layers with LoRA; `ValueError` for a network that is not built, has nothing to
+    prune, two layers of one name, or NaN or infinite weights.
     """
     return list({id(kernel.layer): kernel.layer for kernel in _prunable(_Graph(network, check=True))}.values())
 
@@ -701,10 +701,8 @@ def prunable_units(network: Model) -> dict[str, list[list[tuple[str, int]]]]:
 
 def _prunable(graph: _Graph) -> list[_Kernel]:
     if not graph.hidden:
-        names = list(graph.kernels)
-        raise ValueError(
-            f"pruning needs a hidden layer before the output layer; {graph.network.name!r} has only {names}{_told(graph)}"
-        )
+        has = f"{graph.network.name!r} has only {list(graph.kernels)}{_told(graph)}"
+        raise ValueError(f"pruning needs a hidden layer before the output layer; {has}")
     return graph.hidden
 
 
@@ -815,6 +813,8 @@ def _full_precision():
 def _sums(kernel: _Kernel, signal, weights: list | None = None):
     """Return what a kernel makes of a signal, in float32 at least, with its own or other weights."""
     layer, (weight, *bias) = kernel.layer, [ops.stop_gradient(_wide(each)) for each in weights or kernel.weights()]
+    common = keras.backend.result_type(signal.dtype, weight.dtype)
+    signal, weight = ops.cast(signal, common), ops.cast(weight, common)
     first = "channels_first" if _first(layer) else "channels_last"
     if kernel.form == "dense":
         signal = ops.moveaxis(signal, 1, -1) if _first(layer) else signal
@@ -845,7 +845,7 @@ def _padding(kernel: _Kernel, sizes: tuple) -> list[tuple[int, int]]:
 
 
 def _rows(kernel: _Kernel, signal, channels: bool = False):
-    """Return the inputs of a kernel as rows (positions, inputs of its matrix), or (positions, taps, units) if depthwise.
+    """Return the inputs of a kernel as rows (positions, inputs of its matrix); depthwise (positions, taps, units).
 
     Of layers with more positions than ROWS in a batch, evenly spread ones. channels: each position once, not patches.
     """
@@ -889,13 +889,15 @@ def _compute(graph: _Graph, meet: Callable, operation, *args, **kwargs):
         half = getattr(operation, "compute_dtype", "float32") in ("float16", "bfloat16")
         return (operation.call if half and not operation.variables else operation)(*args, **kwargs)
     if len(kernels) < 3:
-        signal = args[0]
+        signal = _wide(args[0])
         for kernel in kernels:
             signal = meet(kernel, signal)
         return kernels[-1].layer.activation(signal)
     query, value, *key = *args, *kwargs.values()
-    parts = [ops.reshape(meet(kernel, signal), (-1, *signal.shape[1:-1], operation.num_heads, kernel.weight.shape[2]))
-             for kernel, signal in zip(kernels, (query, (key or [value])[0], value), strict=False)]  # fmt: skip
+    arriving, parts = (query, (key or [value])[0], value), []
+    for kernel, signal in zip(kernels, arriving, strict=False):
+        shape = -1, *signal.shape[1:-1], *kernel.weight.shape[1:]
+        parts.append(ops.reshape(meet(kernel, _wide(signal)), shape))
     mixed = operation._compute_attention(*parts)[0]
     return meet(kernels[-1], ops.reshape(mixed, (-1, *query.shape[1:-1], mixed.shape[-2] * mixed.shape[-1])))
 
@@ -1370,8 +1372,8 @@ def _logits(graph: _Graph) -> bool:
 
 
 def _gradients_of(graph: _Graph, x, y: np.ndarray, by: str) -> Iterable[list[tuple]]:
-    """Yield per batch, for every call of a kernel: it, the number of labels, its inputs, and the gradients of the summed
-    cross-entropy by these ("inputs") or by its sums ("sums")."""
+    """Yield per batch, for every call of a kernel: it, the number of labels, its inputs, and the gradients of the
+    summed cross-entropy by these ("inputs") or by its sums ("sums")."""
     size = min(1000, graph.batch_size, max(1, ROWS // max(graph.positions.values())))
     for batch, labels in zip(_batches(x, size), _batches(y, size), strict=True):
         met = []
@@ -1622,8 +1624,8 @@ def shrink(network: Model) -> Model:
 
 
 def outputs(network: Model, x) -> np.ndarray:
-    """Return the outputs for images `x` (n, ...) as a NumPy array, of several outputs a list: those of `shrink(network)`,
-    in float32 at least, for measuring many networks; without building it where only sizes of kernels change.
+    """Return the outputs for images `x` (n, ...) as a NumPy array, of several outputs a list: those of
+    `shrink(network)`, in float32 at least, for measuring many networks; where only kernels shrink, without building it.
 
     Raises what `prunable_layers` and, for images, `neuron_scores` do.
     """
@@ -1651,7 +1653,7 @@ def outputs(network: Model, x) -> np.ndarray:
 
 
 def _live(graph: _Graph) -> tuple[np.ndarray, np.ndarray]:
-    """Return two boolean arrays over channel numbers: lies on a path that matters; is kept, as its unit has one that does.
+    """Return two boolean arrays over channel numbers: lies on a path that matters; is of a unit that has such a channel.
 
     All units stay where they cannot be removed one by one: of a softmax, for one, each acts on all others.
     """
@@ -1812,8 +1814,8 @@ def _repair_layers(ours: _Graph, theirs: _Graph, x, ridge: float, batch_size: in
 
         def apply(operation, *args, **kwargs):
             step, arrived = next(done), []
-            sides = [tree.map_structure(lambda each, side=side: getattr(each, side) if isinstance(each, _Pair) else each,
-                                        (args, kwargs)) for side in ("theirs", "ours")]  # fmt: skip
+            sides = [tree.map_structure(lambda each, side=side: getattr(each, side, each), (args, kwargs))
+                     for side in ("theirs", "ours")]  # fmt: skip
 
             def note(kernel, signal):
                 arrived.append(signal)
@@ -1924,8 +1926,8 @@ def _refit(ours: _Graph, theirs: _Graph, kernel: _Kernel, reached: Iterable[tupl
     most, gram, cross = 0.0, np.zeros((*[len(units)] * depthwise, *[len(weights)] * 2)), np.zeros(weights.shape)
     for signal, wanted, lacking in reached:
         signal, wanted = _rows(kernel, signal), _rows(whole, wanted)
-        pairs = zip((signal, wanted), first, last, strict=True)
-        sums, wanted = (ops.add(make(rows, ops.convert_to_tensor(matrix)), bias.sum(axis=0)) for rows, matrix, bias in pairs)
+        sums, wanted = (ops.add(make(rows, ops.convert_to_tensor(matrix)), bias.sum(axis=0))
+                        for rows, matrix, bias in zip((signal, wanted), first, last, strict=True))  # fmt: skip
         wanted = ops.subtract(ops.add(wanted, lacking), shift)
         missing = ops.subtract(wanted, sums)
         signal = ops.concatenate([signal, ops.ones_like(signal[:, :1])], axis=1) if biased else signal

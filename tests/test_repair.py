@@ -515,7 +515,7 @@ def test_prune_and_repair_brings_no_weight_back_that_is_0_in_the_dense_network()
 # --- What bad input gets ------------------------------------------------------------------------------------------
 
 
-BAD = {"ridge": [0, -1e-3, np.nan, np.inf, 1e300, None, "1", [1e-3], 1j, True], "batch_size": [0, -1, 1.5, None, True]}
+BAD = {"ridge": [0, -1e-3, np.nan, np.inf, 1e300, None, "1", [1e-3], 1j, True], "batch_size": [0, -1, 1.5, "9", True]}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])

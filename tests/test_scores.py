@@ -32,6 +32,7 @@ from pruning_utils import (
     WEIGHT_CRITERIA,
     _best_together,
     _error_before_each,
+    _Graph,
     _weight_problems,
     keep_masks,
     neuron_scores,
@@ -157,9 +158,9 @@ def test_weights_chosen_with_refits_are_nearly_as_good_as_the_best_of_all_subset
     for seed in range(100):
         signal, kernel = outputs_and_kernel(seed, units=8, following=1)
         best = min(unexplained(signal, signal @ kernel, left) for left in combinations(range(8), 4))
-        network = network_of(kernel, [[1]])
+        graph = _Graph(network := network_of(kernel, [[1]]))
         scores = [weight_scores(network, criterion, signal) for criterion in ("reconstruction", "magnitude")]
-        scores.append({"hidden_1": _best_together(*next(iter(_weight_problems(network, signal))), 0.5)})
+        scores.append({"hidden_1": _best_together(*next(iter(_weight_problems(graph, signal, graph.hidden))), 0.5)})
         masks = [keep_masks(score, 0.5)["hidden_1"][:, 0] for score in scores]
         errors.append([unexplained(signal, signal @ kernel, mask) / best for mask in masks])
     eliminated, by_magnitude, together = np.mean(errors, axis=0)
