@@ -35,7 +35,7 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest $(NBVAL) notebooks/01_training.ipynb # first: it trains what the rest uses, with all cores, as `make study` does
 	$(SHARED) $(SIDE_BY_SIDE) tests
-	$(SHARED) KERAS_BACKEND=jax $(SIDE_BY_SIDE) $(addprefix tests/test_,masks.py scores.py networks.py shrink.py repair.py)
+	$(SHARED) KERAS_BACKEND=jax $(SIDE_BY_SIDE) $(addprefix tests/test_,convolutions.py masks.py scores.py networks.py shrink.py repair.py)
 	$(SHARED) $(SIDE_BY_SIDE) $(NBVAL) --ignore=notebooks/01_training.ipynb notebooks
 
 lab: export TQDM_DISABLE =

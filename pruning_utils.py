@@ -618,10 +618,16 @@ def _joined(graph: _Graph, call: _Call):
     units = graph.follow(*sources, silent=silent, together=product, untied=untied, constant=constant)
     for tensor in call.tensors if kind == "Add" and not untied else []:
         if origin := getattr(tensor, "origin", None):
-            others = [other.step for other in call.tensors if other is not tensor]
-            if max(others) < origin[1][0].step:
+            others = [_made_at(other) for other in call.tensors if other is not tensor]
+            if max(others)[0] < origin[1][0].step:
                 graph.beside[origin[0].name] = others, *origin[1]
     return np.broadcast_to(units.reshape([-1 if place == axis else 1 for place in range(len(shape))]), shape)
+
+
+def _made_at(tensor: KerasTensor) -> tuple[int, int]:
+    """Return the step that makes a tensor, or sums and, the other, what a BatchNormalization makes of them; or 0."""
+    _, path = getattr(tensor, "origin", (None, [tensor]))
+    return path[0].step, path[-1].step if len(path) > 1 else 0
 
 
 SHAPES = {"target_shape", "newshape"}  # settings that are shapes
@@ -908,15 +914,18 @@ def _compute(graph: _Graph, meet: Callable, operation, *args, **kwargs):
 def weight_scores(
     network: Model, criterion: str = "magnitude", x: Array = None, y: Array = None, seed: int | None = None
 ) -> Arrays:
-    """Return a score for every prunable weight: layer name -> array of the kernel's shape (inputs, units).
+    """Return a score for every prunable weight: name -> array of the kernel's shape (…, inputs, units).
 
+    A name is that of the layer, in nested networks "network/layer"; of layers with several kernels, "layer/depthwise",
+    "layer/pointwise", "layer/query" and so on.
     criterion: "magnitude" |w|; "activation" |w| · rms of its input over images `x` (Sun et al. 2023, Wanda);
     "taylor" |w · gradient| per image of `x` with labels `y`, averaged (Molchanov et al. 2017); "reconstruction", by how
     much the squared error of the layer's pre-activations over images `x` rises without it when all others are refitted:
     backward elimination with refits (Hassibi and Stork 1993; Frantar and Alistarh 2022; ALPS, Meng et al. 2024, solves
     the same problem for one sparsity), a unit's error counted by its outgoing weights, each by what the next unit's
     counts, so that units' scales cancel out; choose by it if you `repair`; "random", from `seed`.
-    What a criterion does not need is ignored. On sequences, every position counts as an image.
+    What a criterion does not need is ignored. Every position counts as an image, of convolutions a sample of them; for
+    the gradient only if it has a label of its own.
     Raises `ValueError` for another criterion, one that does not get what it needs, or scores that are not finite;
     `TypeError` for images that are no real numbers.
     """
@@ -926,15 +935,17 @@ def weight_scores(
 def neuron_scores(
     network: Model, criterion: str = "norm", x: Array = None, y: Array = None, seed: int | None = None
 ) -> Arrays:
-    """Return a score for every prunable neuron: layer name -> array (units,).
+    """Return a score for every unit that can be removed: name -> array (units,), as `prunable_units` lists them.
 
-    criterion: "norm", the L2 norm of the incoming kernel column; "activation", rms output over images `x` · L2 norm of
-    the outgoing kernel row; "taylor", |pre-activation · gradient| per image of `x` with labels `y`, averaged, the
-    first-order change of the loss when the unit is silenced (Molchanov et al. 2017); "reconstruction", the share of the
-    next layer's squared pre-activations over images `x`, counted as for weights, that least squares cannot explain from
-    the better units of the layer: greedy forward selection (El Halabi et al. 2022), that is orthogonal matching pursuit
-    (Pati et al. 1993), with the aim of ThiNet (Luo et al. 2017); "random", from `seed`.
-    What a criterion does not need is ignored. Raises what `weight_scores` raises.
+    criterion: "norm", the L2 norm of the kernel columns that make the unit; "activation", that of rms outputs over
+    images `x` · L2 norm of the kernel row that takes them, over all kernels that do; "taylor", |output · gradient|
+    per image of `x` with labels `y`, averaged, the first-order change of the loss when the unit is silenced (Molchanov
+    et al. 2017); "reconstruction", the share of the next kernel's squared sums over images `x`, counted as for weights,
+    that least squares cannot explain from the better units: greedy forward selection (El Halabi et al. 2022), that is
+    orthogonal matching pursuit (Pati et al. 1993), with the aim of ThiNet (Luo et al. 2017), where each tap of a kernel
+    and each channel of a unit is a sum of its own, and of several kernels that counts which needs the unit most;
+    "random", from `seed`.
+    What a criterion does not need is ignored. Warns if a layer's units stay. Raises what `weight_scores` raises.
     """
     return _score(network, "neuron", NEURON_CRITERIA, criterion, {"x": x, "y": y, "seed": seed})
 
@@ -1653,7 +1664,7 @@ def outputs(network: Model, x) -> np.ndarray:
 
 
 def _live(graph: _Graph) -> tuple[np.ndarray, np.ndarray]:
-    """Return two boolean arrays over channel numbers: lies on a path that matters; is of a unit that has such a channel.
+    """Return two boolean arrays over channel numbers: lies on a path that matters; its unit has one that does.
 
     All units stay where they cannot be removed one by one: of a softmax, for one, each acts on all others.
     """
@@ -1806,7 +1817,7 @@ def _repair_layers(ours: _Graph, theirs: _Graph, x, ridge: float, batch_size: in
     batch_size = ours.batch_size if batch_size is None else batch_size
     if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
-    batches, fitted, steps = _batches(x, batch_size), {}, {step for steps in ours.beside.values() for step in steps}
+    batches, fitted, steps = _batches(x, batch_size), {}, {step for steps in ours.beside.values() for step, _ in steps}
 
     def travel(batch: list[np.ndarray]) -> None:
         """Send a batch through both networks, as far as a kernel that is to be fitted to several."""
@@ -1824,7 +1835,7 @@ def _repair_layers(ours: _Graph, theirs: _Graph, x, ridge: float, batch_size: in
             def meet(kernel, signal):
                 name = kernel.name
                 if name in names and name not in fitted:
-                    lacking = _lacking(ours, kernel, known)
+                    lacking = _lacking(ours, theirs, kernel, known)
                     reached = signal, arrived[0], lacking
                     if len(batches) > 1:
                         raise _Reached(reached)
@@ -1873,14 +1884,17 @@ def _scale(layer) -> np.ndarray:
     return gamma / np.sqrt(ops.convert_to_numpy(_wide(layer.moving_variance)) + layer.epsilon)
 
 
-def _lacking(graph: _Graph, kernel: _Kernel, known: dict) -> object:
+def _lacking(ours: _Graph, theirs: _Graph, kernel: _Kernel, known: dict) -> object:
     """Return what the other terms of a sum lack, in units of what the kernel makes: rows, or 0 without a sum."""
     lacking = 0.0
-    for step in graph.beside.get(kernel.name, []):
+    for step, norm in ours.beside.get(kernel.name, []):
         if step in known:  # or it is an input, which is the same in both networks
-            lacking = lacking + _rows(kernel._replace(form="dense"), known[step].theirs - known[step].ours)
-    if kernel.name in graph.after and not isinstance(lacking, float):
-        lacking = lacking * ops.convert_to_tensor(_inverse(_scale(graph.after[kernel.name])), "float32")
+            found, wanted = known[step].ours, known[step].theirs
+            if norm:  # its BatchNormalization has not been reached yet
+                found, wanted = ours.steps[norm - 1](found), theirs.steps[norm - 1](wanted)
+            lacking = lacking + _rows(kernel._replace(form="dense"), ops.subtract(_wide(wanted), _wide(found)))
+    if kernel.name in ours.after and not isinstance(lacking, float):
+        lacking = ops.multiply(lacking, _inverse(_scale(ours.after[kernel.name])))
     return lacking
 
 

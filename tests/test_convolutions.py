@@ -413,21 +413,24 @@ def fitted(rows, wanted, ones=True):
     partial(Conv, 4, 3, strides=2), partial(Conv, 4, 2, use_bias=False), partial(Depthwise, 3, padding="same"),
     partial(Depthwise, 2, depth_multiplier=2, use_bias=False), partial(layers.Conv2D, 4, (3, 2), dilation_rate=(1, 2)),
 ])  # fmt: skip
-def test_a_kernel_is_fitted_in_least_squares_on_patches(layer):
+@pytest.mark.parametrize("last", ["tested", "norm"])
+def test_a_kernel_is_fitted_in_least_squares_on_patches(layer, last):
     layer, (x, _) = layer(name="tested"), images(60)
-    network = of(Relu(6, 3, name="front"), layer, Conv(3, 1))
+    network = of(Relu(6, 3, name="front"), layer, *[Norm(name="norm")] * (last == "norm"), Conv(3, 1))
     repaired = repair(apply_masks(network, {"front": np.arange(6) % 2 == 0}), network, x, TINY)
-    (inputs,), (found,) = (signals(repaired, ["tested"], x, which) for which in ("input", "output"))
-    (wanted,), rows = signals(network, ["tested"], x, "output"), patches_of(layer, inputs)
+    (inputs,), (found,) = signals(repaired, ["tested"], x), signals(repaired, [last], x, "output")
+    (wanted,), rows, biased = (
+        signals(network, [last], x, "output"),
+        patches_of(layer, inputs),
+        layer.use_bias or last == "norm",
+    )
     rows, wanted = rows.reshape(-1, *rows.shape[2:]), wanted.reshape(-1, wanted.shape[-1])
     if isinstance(layer, Depthwise):
         parts = [rows[:, :, unit // layer.depth_multiplier] for unit in range(wanted.shape[1])]
-        parts = [
-            fitted(part, column, layer.use_bias) * part.any() for part, column in zip(parts, wanted.T, strict=True)
-        ]
+        parts = [fitted(part, column, biased) * part.any() for part, column in zip(parts, wanted.T, strict=True)]
         expected = np.stack(parts, axis=1)
     else:
-        expected = fitted(rows.reshape(len(rows), -1), wanted, layer.use_bias)
+        expected = fitted(rows.reshape(len(rows), -1), wanted, biased)
     np.testing.assert_allclose(found.reshape(wanted.shape), expected, atol=2e-3 * np.abs(wanted).max())
 
 
