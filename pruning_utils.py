@@ -441,7 +441,8 @@ def _separable(graph: _Graph, call: _Call):
 def _attention(graph: _Graph, call: _Call):
     """A head is a unit: its values are made, its queries and keys go with them."""
     layer, extra = call.operation, len(call.args) > 3 or call.kwargs.keys() - {"key"}
-    if extra or getattr(layer, "_use_gate", False) or getattr(layer, "_sliding_window", None):
+    masked = any(getattr(step, "mask_zero", False) or isinstance(step, keras.layers.Masking) for step in graph.steps)
+    if extra or masked or getattr(layer, "_use_gate", False) or getattr(layer, "_sliding_window", None):
         return None
     query, value, *key = call.inputs
     heads = graph.make(call, layer, "num_heads", layer._value_dense.kernel, 1, layer._value_dense.bias)
@@ -898,7 +899,10 @@ def _compute(graph: _Graph, meet: Callable, operation, *args, **kwargs):
         signal = _wide(args[0])
         for kernel in kernels:
             signal = meet(kernel, signal)
-        return kernels[-1].layer.activation(signal)
+        signal = kernels[-1].layer.activation(signal)
+        if getattr(args[0], "_keras_mask", None) is not None:  # which layers further on may need
+            signal._keras_mask = args[0]._keras_mask
+        return signal
     query, value, *key = *args, *kwargs.values()
     arriving, parts = (query, (key or [value])[0], value), []
     for kernel, signal in zip(kernels, arriving, strict=False):
@@ -1303,7 +1307,7 @@ def _error_before_each(gram: np.ndarray, kernel: np.ndarray, ridge: float = 1e-3
             factor[step] = (gram[best] - known) / root
             shift[step] = (among[best] - changed - past @ shift[:step]) / root
             norm[step] = shift[step, best] / root
-            pivot -= factor[step] ** 2
+            pivot = np.maximum(pivot - factor[step] ** 2, ridge / 2)  # but for rounding it is never below the ridge
             gain += factor[step] * (norm[step] * factor[step] - 2 * shift[step])
             pivot[best], gain[best] = 1.0, -np.inf  # taken
         left = np.isfinite(gain)
@@ -1553,7 +1557,7 @@ def _rebuild(graph: _Graph, values: Mapping[int, object], keep: np.ndarray | Non
             value = values.get(id(variable), variable)
             for _, axis, found, _ in cuts.get(id(variable), []):
                 value = np.take(ops.convert_to_numpy(value), np.flatnonzero(keep[found]), axis)
-            new.assign(value)
+            new.assign(ops.copy(ops.convert_to_tensor(value)))  # JAX deletes what networks share when one is trained
         if hasattr(copy, "finalize_state"):
             copy.finalize_state()
         for name, value in vars(operation).items():
@@ -1567,7 +1571,7 @@ def _sized(graph: _Graph, operation, keep: np.ndarray | None) -> dict:
     changes = {}
     for setting, found in graph.sizes.get(id(operation), {}).items() if keep is not None else []:
         thin = _thin(found)
-        if (left := keep[np.abs(thin)]).all():
+        if (left := keep[np.abs(thin)]).all() and setting != "output_shape":  # which by default is that of the inputs
             continue
         sizes = [left.sum() if size > 1 else full for size, full in zip(thin.shape, found.shape, strict=True)]
         if isinstance(setting, int) or setting in SHAPES:
@@ -1924,7 +1928,7 @@ def _refit(ours: _Graph, theirs: _Graph, kernel: _Kernel, reached: Iterable[tupl
     first, shift = [kernel.matrix(), whole.matrix()], 0.0
     last = [np.zeros((int(biased), first[0].shape[1]), np.float32)] * 2
     if biased and kernel.bias is not None:
-        last = [ops.convert_to_numpy(_wide(each.bias))[None] for each in (kernel, whole)]
+        last = [ops.convert_to_numpy(_wide(each.bias)).reshape(1, -1) for each in (kernel, whole)]
     elif biased:  # what was added to beta when this kernel was fitted before
         layers = ours.after[kernel.name], theirs.after[kernel.name]
         added = np.subtract(*(ops.convert_to_numpy(_wide(layer.beta)) for layer in layers))
@@ -1971,10 +1975,11 @@ def _refit(ours: _Graph, theirs: _Graph, kernel: _Kernel, reached: Iterable[tupl
         weights += _change_each(gram, cross, alive, ridge)
     else:
         _change(gram, cross, alive, ridge, exact, weights, target[:inputs])
-    bias = [weights[inputs]] if biased else []
-    parts = zip([kernel.tensor(weights[:inputs]), *bias], [*kernel.weights(), kernel.weight], strict=False)
-    return [*(part.astype(ops.convert_to_numpy(old).dtype) for part, old in parts),
-            *([kernel.bias] if kernel.form == "transposed" and kernel.bias is not None else [])]  # fmt: skip
+    found = [kernel.tensor(weights[:inputs]), *([weights[inputs]] if biased else [])]
+    if biased and kernel.bias is None:  # what to add to beta
+        return [found[0].astype(ops.convert_to_numpy(kernel.weight).dtype), found[1]]
+    olds = [ops.convert_to_numpy(each) for each in kernel.weights()]
+    return [new.reshape(old.shape).astype(old.dtype) for new, old in zip(found, olds, strict=False)] + olds[len(found) :]
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:

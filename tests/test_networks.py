@@ -17,6 +17,7 @@ from networks import (
     functional_network,
     gentle_network,
     images,
+    predictions,
     random_network,
 )
 
@@ -308,3 +309,23 @@ def test_a_network_with_nan_or_infinite_weights_is_refused_by_the_name_of_the_la
         network.set_weights(weights)
         with pytest.raises(ValueError, match=f"{name!r} holds NaN or inf"):
             call(network)
+
+
+@pytest.mark.parametrize("copy", [*COPIES.values(), lambda network, x: pruning_utils.apply_masks(network, {})])
+def test_training_a_copy_leaves_the_network_alone(copy):
+    network, (x, y) = random_network(), images()
+    found, before = copy(network, x), bits(network)
+    found.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    found.fit(x, y, verbose=0)
+    assert bits(network) == before and np.isfinite(pruning_utils.outputs(network, x)).all()
+
+
+def test_masks_of_sequences_reach_the_layers_that_need_them():
+    start = keras.Input((7,), dtype="int32")
+    signal = Dense(6, "relu")(keras.layers.Embedding(20, 8, mask_zero=True)(start))
+    network = keras.Model(start, Dense(3)(Dense(4, "relu")(keras.layers.LSTM(5)(signal))))
+    tokens = np.random.default_rng(0).integers(0, 3, (9, 7))
+    with pytest.warns(match="LSTM"):
+        pruned = prune_neurons(network, 0.5)
+    for each in (network, pruned):
+        np.testing.assert_allclose(pruning_utils.outputs(each, tokens), predictions(each, tokens), atol=1e-6)
