@@ -1979,7 +1979,8 @@ def _refit(ours: _Graph, theirs: _Graph, kernel: _Kernel, reached: Iterable[tupl
     if biased and kernel.bias is None:  # what to add to beta
         return [found[0].astype(ops.convert_to_numpy(kernel.weight).dtype), found[1]]
     olds = [ops.convert_to_numpy(each) for each in kernel.weights()]
-    return [new.reshape(old.shape).astype(old.dtype) for new, old in zip(found, olds, strict=False)] + olds[len(found) :]
+    found += olds[len(found) :]
+    return [new.reshape(old.shape).astype(old.dtype) for new, old in zip(found, olds, strict=True)]
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
