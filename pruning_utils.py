@@ -933,7 +933,7 @@ def weight_scores(
     Raises `ValueError` for another criterion, one that does not get what it needs, or scores that are not finite;
     `TypeError` for images that are no real numbers.
     """
-    return _score(network, "weight", WEIGHT_CRITERIA, criterion, {"x": x, "y": y, "seed": seed})
+    return _score(_Graph(network, check=True), "weight", criterion, x, y, seed)
 
 
 def neuron_scores(
@@ -951,14 +951,16 @@ def neuron_scores(
     "random", from `seed`.
     What a criterion does not need is ignored. Warns if a layer's units stay. Raises what `weight_scores` raises.
     """
-    return _score(network, "neuron", NEURON_CRITERIA, criterion, {"x": x, "y": y, "seed": seed})
+    return _score(_Graph(network, check=True), "neuron", criterion, x, y, seed)
 
 
-def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterion: str, data: dict) -> dict:
-    graph = _Graph(network, check=True)
+def _score(
+    graph: _Graph, kind: str, criterion: str, x: Array = None, y: Array = None, seed: int | None = None
+) -> Arrays:
+    network, criteria = graph.network, WEIGHT_CRITERIA if kind == "weight" else NEURON_CRITERIA
     _choice(f"{kind} criterion", criterion, criteria)
     needed = inspect.signature(criteria[criterion]).parameters
-    data = {name: value for name, value in data.items() if name in needed}
+    data = {name: value for name, value in {"x": x, "y": y, "seed": seed}.items() if name in needed}
     if missing := [name for name, value in data.items() if value is None]:
         hint = f"x: training images of shape {network.inputs[0].shape}, y: their labels, seed: a number"
         raise ValueError(f"criterion {criterion!r} needs {' and '.join(missing)}; got None ({hint})")
@@ -976,7 +978,7 @@ def _score(network: Model, kind: str, criteria: Mapping[str, Callable], criterio
     scores = dict(zip(shapes, found, strict=True))
     _check_scores(scores)
     if kind == "neuron" and (told := _told(graph)):
-        warnings.warn(f"of {network.name!r} not all units can be removed{told}", stacklevel=4)
+        warnings.warn(f"of {network.name!r} not all units can be removed{told}", stacklevel=3)
     return scores
 
 
@@ -1493,7 +1495,10 @@ def apply_masks(network: Model, masks: Arrays) -> Model:
     compiled. Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may
     not be pruned, a mask of another shape, or units that cannot be removed.
     """
-    graph = _Graph(network, check=True)
+    return _mask(_Graph(network, check=True), masks)
+
+
+def _mask(graph: _Graph, masks: Arrays) -> Model:
     kernels, values = {kernel.name: kernel.weight for kernel in graph.hidden}, {}
     gone = np.zeros(graph.count + 1, bool)
     for name, mask in masks.items():
@@ -1614,7 +1619,8 @@ def prune_weights(network: Model, sparsity: float, criterion: str = "magnitude",
     The output layer and all biases stay. See `weight_scores` for criterion and data (x, y, seed), `keep_masks` for
     sparsity, scope and exact counts; both say what they raise.
     """
-    return apply_masks(network, keep_masks(weight_scores(network, criterion, **data), sparsity, scope))
+    graph = _Graph(network, check=True)
+    return _mask(graph, keep_masks(_score(graph, "weight", criterion, **data), sparsity, scope))
 
 
 def prune_neurons(network: Model, sparsity: float, criterion: str = "norm", scope: str = "layer", **data) -> Model:
@@ -1623,7 +1629,8 @@ def prune_neurons(network: Model, sparsity: float, criterion: str = "norm", scop
     `shrink` then removes them. Warns of layers whose units stay, and says why. See `neuron_scores` for criterion and
     data (x, y, seed), `keep_masks` for sparsity, scope and exact counts, `apply_masks` for what becomes zero.
     """
-    return apply_masks(network, keep_masks(neuron_scores(network, criterion, **data), sparsity, scope))
+    graph = _Graph(network, check=True)
+    return _mask(graph, keep_masks(_score(graph, "neuron", criterion, **data), sparsity, scope))
 
 
 # --- Shrinking and cost -------------------------------------------------------------------------------------------
