@@ -1,6 +1,6 @@
 """Prune, repair and shrink Keras 3 networks: single weights or whole units.
 
-Every function returns a new network, of the same class and not compiled, and leaves its arguments alone. Any network
+What changes a network returns a new one, of the same class and not compiled, and leaves its arguments alone. Any network
 that is a graph of layers will do, `Sequential` or functional: branches, sums, nested and shared layers. A unit is one
 output channel of a kernel (…, inputs, units): a neuron, a filter, a head of attention; what a sum ties is one unit. A
 mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
@@ -633,7 +633,8 @@ def _made_at(tensor: KerasTensor) -> tuple[int, int]:
 
 SHAPES = {"target_shape", "newshape"}  # settings that are shapes
 # How channel numbers pass an operation, by the name of Keras' own class or one of its bases, or by a class of yours:
-# RULES[MyDense] = RULES["Dense"]. Of what has no rule the channels stay, and a warning says so.
+# RULES[MyDense] = RULES["Dense"]. Of a layer without a rule the channels stay, and `neuron_scores` warns; Keras' own
+# functions of one tensor are tried out.
 RULES: dict[str | type, Callable] = {
     "Dense": _dense, "TimeDistributed": _dense, "BaseConv": _convolution, "BaseConvTranspose": _convolution,
     "BaseDepthwiseConv": _depthwise, "BaseSeparableConv": _separable, "MultiHeadAttention": _attention,
@@ -1486,13 +1487,13 @@ def _keep_highest(scores: np.ndarray, sparsity: float) -> np.ndarray:
 
 
 def apply_masks(network: Model, masks: Arrays) -> Model:
-    """Return a copy of the network with zeros where the masks are False; layers without a mask stay as they are.
+    """Return a copy of the network with zeros where the masks are False; what no mask concerns stays as it is.
 
     A mask of a kernel's shape removes single weights. A mask (units,), by a name of `prunable_units`, removes whole
     units: what makes a channel (kernel column, bias) and what carries it on (depthwise kernel, gamma, beta) become 0 in
     all layers it passes, so that every kernel that takes it receives exactly 0. The copy has the network's class, input
-    signature, names, dtypes and layer settings, down to the very activation functions and initialisers; it is not
-    compiled. Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may
+    signature, names, dtypes and layer settings, down to the very activation functions and initialisers; not what a class
+    of yours keeps besides. It is not compiled. Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may
     not be pruned, a mask of another shape, or units that cannot be removed.
     """
     return _mask(_Graph(network, check=True), masks)
@@ -1749,10 +1750,10 @@ def repair(pruned: Model, dense: Model, x, ridge: float = 1e-3, batch_size: int 
     bias. Where a sum follows, what its other terms, repaired already, lack is made up for too. What was pruned stays
     zero: entries that are zero in `pruned` and not in `dense`, and, in a layer that lost single weights, all zeros. The
     output layer is refitted too: nothing of it was pruned, but its inputs have changed. No labels, no gradients; a few
-    thousand training images are enough. A layer that is called several times is refitted where it is called first.
+    thousand training images are enough. A layer that is called several times is refitted where it is called first; biases of transposed convolutions stay.
 
     ridge: how strongly weights are held to the pruned ones, as a fraction of the energy that the mean input sends on,
-    in (0, 1e12]. Dead or duplicated inputs and few images do no harm: what images do not determine stays as it was.
+    in (0, 1e12]. Dead or duplicated inputs and few images do no numerical harm: what images do not determine stays.
     Neurons share their inputs, and all units of a layer are solved for at once. For single weights every unit has its
     own problem: up to 256 weights are solved for directly, more by conjugate gradients, side by side, until 0.1 % of
     each right-hand side is left (what 300 steps do not reach, directly). batch_size: images per pass; it bounds memory
