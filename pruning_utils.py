@@ -1,9 +1,9 @@
 """Prune, repair and shrink Keras 3 networks: single weights or whole units.
 
-What changes a network returns a new one, of the same class and not compiled, and leaves its arguments alone. Any network
-that is a graph of layers will do, `Sequential` or functional: branches, sums, nested and shared layers. A unit is one
-output channel of a kernel (…, inputs, units): a neuron, a filter, a head of attention; what a sum ties is one unit. A
-mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
+What changes a network returns a new one, of the same class and not compiled, and leaves its arguments alone. Any
+network that is a graph of layers will do, `Sequential` or functional: branches, sums, nested and shared layers. A unit
+is one output channel of a kernel (…, inputs, units): a neuron, a filter, a head of attention; what a sum ties is one
+unit. A mask is boolean, True = kept; a score is higher for what should be kept; sparsity is a fraction in [0, 1].
 
     >>> layers = [keras.layers.Dense(30, "relu", name="hidden"), keras.layers.Dense(10)]
     >>> network = keras.Sequential([keras.Input((16,)), *layers])
@@ -1492,9 +1492,9 @@ def apply_masks(network: Model, masks: Arrays) -> Model:
     A mask of a kernel's shape removes single weights. A mask (units,), by a name of `prunable_units`, removes whole
     units: what makes a channel (kernel column, bias) and what carries it on (depthwise kernel, gamma, beta) become 0 in
     all layers it passes, so that every kernel that takes it receives exactly 0. The copy has the network's class, input
-    signature, names, dtypes and layer settings, down to the very activation functions and initialisers; not what a class
-    of yours keeps besides. It is not compiled. Raises `TypeError` for a mask that is no boolean array; `ValueError` for a layer that is unknown or may
-    not be pruned, a mask of another shape, or units that cannot be removed.
+    signature, names, dtypes and layer settings, down to the very activation functions and initialisers; not what a
+    class of yours keeps besides. It is not compiled. Raises `TypeError` for a mask that is no boolean array;
+    `ValueError` for a layer that is unknown or may not be pruned, or a mask of another shape.
     """
     return _mask(_Graph(network, check=True), masks)
 
@@ -1750,7 +1750,8 @@ def repair(pruned: Model, dense: Model, x, ridge: float = 1e-3, batch_size: int 
     bias. Where a sum follows, what its other terms, repaired already, lack is made up for too. What was pruned stays
     zero: entries that are zero in `pruned` and not in `dense`, and, in a layer that lost single weights, all zeros. The
     output layer is refitted too: nothing of it was pruned, but its inputs have changed. No labels, no gradients; a few
-    thousand training images are enough. A layer that is called several times is refitted where it is called first; biases of transposed convolutions stay.
+    thousand training images are enough. A layer that is called several times is refitted where it is called first;
+    biases of transposed convolutions and embeddings stay.
 
     ridge: how strongly weights are held to the pruned ones, as a fraction of the energy that the mean input sends on,
     in (0, 1e12]. Dead or duplicated inputs and few images do no numerical harm: what images do not determine stays.
