@@ -63,9 +63,9 @@ class _Kernel(NamedTuple):
             return weight.reshape(-1, len(self.units), len(self.inputs)).swapaxes(1, 2)
         return weight.reshape(-1, *([] if self.form == "depthwise" else [len(self.inputs)]), len(self.units))
 
-    def matrix(self, weight=None) -> np.ndarray:
-        """Return the kernel, or a mask of its shape, as the matrix by which what `_rows` returns is multiplied."""
-        weight = ops.convert_to_numpy(_wide(self.weight)) if weight is None else weight
+    def matrix(self) -> np.ndarray:
+        """Return the kernel as the matrix by which what `_rows` returns is multiplied."""
+        weight = ops.convert_to_numpy(_wide(self.weight))
         if self.form == "transposed":
             weight = np.moveaxis(weight, -1, 0)
             return weight.reshape(len(weight), -1)
